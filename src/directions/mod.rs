@@ -1,0 +1,3 @@
+//! The direction file: reading, checking, writing. The specification is FORMAT.md.
+
+pub mod schema;
