@@ -7,7 +7,6 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 use emaudit::directions::schema::ModelIdentity;
-use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -66,10 +65,5 @@ fn weights_digest(path: &Path) -> Result<String> {
         files.retain(|f| f.extension().is_some_and(|e| e == "safetensors"));
         files.sort();
     }
-    let mut hasher = Sha256::new();
-    for file in files {
-        let mut reader = File::open(&file).with_context(|| format!("cannot open {}", file.display()))?;
-        std::io::copy(&mut reader, &mut hasher)?;
-    }
-    Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    crate::store::sha256_files(&files)
 }

@@ -9,4 +9,5 @@ pub mod model;
 pub mod quant;
 pub mod random;
 pub mod recipe;
+pub mod results;
 pub mod store;

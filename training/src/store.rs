@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
-use std::io::Write;
-use std::path::Path;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 
 /// Writes through a temporary file in the same folder, so a crash or a full disk leaves the old file.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -28,4 +29,20 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 /// SHA-256 in hex.
 pub fn sha256_hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// SHA-256 in hex of the files' bytes, one after the other, read piece by piece.
+pub fn sha256_files(files: &[PathBuf]) -> Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    for path in files {
+        let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        loop {
+            match file.read(&mut buffer).with_context(|| format!("cannot read {}", path.display()))? {
+                0 => break,
+                n => hasher.update(&buffer[..n]),
+            }
+        }
+    }
+    Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
