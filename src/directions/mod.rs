@@ -47,7 +47,7 @@ pub enum Mode {
     ///
     /// The caller promises that nobody changes the file while it is open. If somebody truncates it, the next
     /// access beyond the new end raises SIGBUS and ends the process; if somebody writes to it, the
-    /// directions change after they were verified. Replacing the file by rename, as [`write`] does, is safe.
+    /// directions change after they were verified. Replacing the file by rename, as [`write()`] does, is safe.
     Mapped,
 }
 
