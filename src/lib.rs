@@ -1,6 +1,10 @@
 //! emaudit: tells a serving stack while it runs whether a language model has drifted, and can steer it back.
 
+pub mod activations;
 pub mod directions;
 pub mod error;
+pub mod kernel;
 
+pub use activations::{Dtype, Rows, RowsMut};
 pub use error::{Error, Result, Status};
+pub use kernel::KernelKind;
