@@ -255,9 +255,8 @@ impl Steering {
             Operation::Subtract { alpha } => strength * f64::from(alpha),
             Operation::ProjectOut { alpha } => strength * f64::from(alpha) * f64::from(seen.dot),
             Operation::Clamp { ceiling } if seen.z > ceiling => {
-                let excess = seen.raw - f64::from(ceiling) * self.probe.sigma();
-                // `z` was rounded to f32, so the excess can come out just below zero.
-                strength * excess.max(0.0)
+                // Above 0: `z`, rounded to f32, lies above an f32, so unrounded it lies half a step above at least.
+                strength * (seen.raw - f64::from(ceiling) * self.probe.sigma())
             }
             Operation::Clamp { .. } => 0.0,
         }
