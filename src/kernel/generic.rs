@@ -265,8 +265,8 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn multiply_add(self, other: Self, sum: Self) -> Self {
         let mut out = sum.0;
-        for i in 0..8 {
-            out[i] += self.0[i] * other.0[i];
+        for ((out, a), b) in out.iter_mut().zip(&self.0).zip(&other.0) {
+            *out += a * b;
         }
         Portable(out)
     }
@@ -274,8 +274,8 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
         let mut out = self.0;
-        for i in 0..8 {
-            out[i] += other.0[i];
+        for (out, b) in out.iter_mut().zip(&other.0) {
+            *out += b;
         }
         Portable(out)
     }
@@ -283,8 +283,8 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self {
         let mut out = self.0;
-        for i in 0..8 {
-            out[i] -= factor.0[i] * other.0[i];
+        for ((out, c), b) in out.iter_mut().zip(&factor.0).zip(&other.0) {
+            *out -= c * b;
         }
         Portable(out)
     }
@@ -292,10 +292,9 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn max_abs(self, other: Self) -> Self {
         let mut out = other.0;
-        for i in 0..8 {
+        for (out, a) in out.iter_mut().zip(&self.0) {
             // Not `f32::max`: its care for NaN would cost three instructions.
-            let size = self.0[i].abs();
-            out[i] = if size > out[i] { size } else { out[i] };
+            *out = if a.abs() > *out { a.abs() } else { *out };
         }
         Portable(out)
     }
