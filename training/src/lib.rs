@@ -1,3 +1,5 @@
 //! Training.
 
 pub mod chat;
+pub mod dataset;
+pub mod statistics;
