@@ -2,4 +2,5 @@
 
 pub mod chat;
 pub mod dataset;
+pub mod spillover;
 pub mod statistics;
