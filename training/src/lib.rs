@@ -3,11 +3,15 @@
 pub mod base;
 pub mod capture;
 pub mod chat;
+pub mod dataset;
 pub mod finetune;
+pub mod generate;
 pub mod lora;
 pub mod model;
 pub mod quant;
 pub mod random;
 pub mod recipe;
 pub mod results;
+pub mod spillover;
+pub mod statistics;
 pub mod store;
