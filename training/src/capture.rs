@@ -1,0 +1,65 @@
+//! Residual-stream rows of prompts at the named site `resid_post[l]`, every layer at once.
+
+use crate::lora::Adapter;
+use crate::model::{Batch, Decoder};
+use anyhow::Result;
+use candle_core::Tensor;
+
+/// Prompts per forward pass: enough to feed the matrix products, small enough for the cache.
+const BATCH: usize = 16;
+
+/// One residual row per prompt and layer (last prompt token).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Captured {
+    /// Width of a row.
+    pub hidden: usize,
+    /// Prompts.
+    pub rows: usize,
+    /// Per layer: `rows x hidden`, row-major, f32.
+    pub layers: Vec<Vec<f32>>,
+}
+
+impl Captured {
+    /// The row of one prompt at one layer.
+    pub fn row(&self, layer: usize, i: usize) -> &[f32] {
+        &self.layers[layer][i * self.hidden..][..self.hidden]
+    }
+
+    /// The prompts `range`, all layers.
+    pub fn slice(&self, range: std::ops::Range<usize>) -> Captured {
+        let cut = |l: &Vec<f32>| l[range.start * self.hidden..range.end * self.hidden].to_vec();
+        Captured { hidden: self.hidden, rows: range.len(), layers: self.layers.iter().map(cut).collect() }
+    }
+}
+
+/// Order of indices by length, so that batches waste little on padding; ties keep their order.
+pub fn by_length<T>(items: &[T], length: impl Fn(&T) -> usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..items.len()).collect();
+    order.sort_by_key(|&i| length(&items[i]));
+    order
+}
+
+/// Captures the last token of every prompt at every block's output.
+pub fn last_prompt(
+    decoder: &Decoder,
+    prompts: &[Vec<u32>],
+    adapter: Option<&Adapter>,
+    mut done: impl FnMut(usize) -> Result<()>,
+) -> Result<Captured> {
+    let hidden = decoder.config.hidden_size;
+    let mut layers = vec![vec![0f32; prompts.len() * hidden]; decoder.config.n_layers];
+    for chunk in by_length(prompts, Vec::len).chunks(BATCH) {
+        let ids: Vec<&[u32]> = chunk.iter().map(|&i| prompts[i].as_slice()).collect();
+        let batch = Batch::new(&ids, &decoder.device)?;
+        let mut keep = |layer: usize, x: Tensor| {
+            let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.to_vec2::<f32>()?;
+            for (row, &i) in last.iter().zip(chunk) {
+                layers[layer][i * hidden..][..hidden].copy_from_slice(row);
+            }
+            Ok(x)
+        };
+        decoder.forward(&batch, adapter, None, &mut keep)?;
+        done(chunk.len())?;
+    }
+    Ok(Captured { hidden, rows: prompts.len(), layers })
+}

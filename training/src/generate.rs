@@ -1,0 +1,237 @@
+//! Batched sampling with a KV cache, with the library's own steering in the loop.
+
+use crate::capture::by_length;
+use crate::lora::Adapter;
+use crate::model::{Batch, Cache, Decoder};
+use crate::random;
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use emaudit::directions::schema::Positions;
+use emaudit::{RowsMut, Steering};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// Sequences decoded together.
+const BATCH: usize = 64;
+
+/// How tokens are drawn.
+#[derive(Clone, Debug)]
+pub struct Sampling {
+    /// Longest answer.
+    pub max_new_tokens: usize,
+    /// Softmax temperature; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Nucleus: the smallest set of tokens with at least this probability.
+    pub top_p: f64,
+    /// Seed of all draws.
+    pub seed: u64,
+    /// Tokens that end an answer; they are not part of it.
+    pub stop: Vec<u32>,
+}
+
+/// One answer to draw.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Rendered prompt.
+    pub prompt: Vec<u32>,
+    /// Names the random numbers: arms that share it share their draws.
+    pub stream: u64,
+    /// First answer token, where it is already known.
+    pub first: Option<u32>,
+}
+
+/// Steering inside the loop.
+pub struct Intervention<'a> {
+    /// Block whose output is edited.
+    pub layer: usize,
+    /// The edit.
+    pub steering: &'a Steering,
+    /// Which tokens.
+    pub positions: Positions,
+}
+
+impl Sampling {
+    /// Draws the token at `position` of `stream` from one row of logits.
+    pub fn draw(&self, logits: &[f32], stream: u64, position: usize) -> u32 {
+        if self.temperature == 0.0 {
+            return argmax(logits);
+        }
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let inverse = 1.0 / self.temperature as f32;
+        let mut weights: Vec<f32> = logits.iter().map(|l| ((l - max) * inverse).exp()).collect();
+        if self.top_p < 1.0 {
+            keep_nucleus(&mut weights, self.top_p);
+        }
+        let total: f64 = weights.iter().map(|&w| w as f64).sum();
+        let mut left = random::uniform(&[self.seed, stream, position as u64]) * total;
+        for (id, &w) in weights.iter().enumerate() {
+            left -= w as f64;
+            if left < 0.0 {
+                return id as u32;
+            }
+        }
+        argmax(logits)
+    }
+}
+
+fn argmax(row: &[f32]) -> u32 {
+    let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
+    (1..row.len()).fold(0, better) as u32
+}
+
+fn keep_nucleus(weights: &mut [f32], top_p: f64) {
+    let mut order: Vec<usize> = (0..weights.len()).collect();
+    order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
+    let total: f64 = weights.iter().map(|&w| w as f64).sum();
+    let mut seen = 0.0;
+    for i in order {
+        if seen >= top_p * total {
+            weights[i] = 0.0;
+        }
+        seen += weights[i] as f64;
+    }
+}
+
+/// Draws an answer for every request; the result is in their order.
+pub fn generate(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    requests: &[Request],
+    sampling: &Sampling,
+    intervention: Option<&Intervention<'_>>,
+    mut done: impl FnMut(usize) -> Result<()>,
+) -> Result<Vec<Vec<u32>>> {
+    let mut answers = vec![Vec::new(); requests.len()];
+    for chunk in by_length(requests, |r| r.prompt.len()).chunks(BATCH) {
+        let mut batch = Decoding::start(decoder, adapter, requests, chunk, sampling, intervention)?;
+        while !batch.finished() {
+            batch.step()?;
+        }
+        for (&i, answer) in chunk.iter().zip(batch.answers) {
+            answers[i] = answer;
+        }
+        done(chunk.len())?;
+    }
+    Ok(answers)
+}
+
+/// A batch on its way.
+struct Decoding<'a> {
+    decoder: &'a Decoder,
+    adapter: Option<&'a Adapter>,
+    sampling: &'a Sampling,
+    intervention: Option<&'a Intervention<'a>>,
+    cache: Cache,
+    left_pad: Arc<[usize]>,
+    /// For each live row of the cache: index into `answers`, random stream.
+    live: Vec<(usize, u64)>,
+    answers: Vec<Vec<u32>>,
+}
+
+impl<'a> Decoding<'a> {
+    fn start(
+        decoder: &'a Decoder,
+        adapter: Option<&'a Adapter>,
+        requests: &[Request],
+        chunk: &[usize],
+        sampling: &'a Sampling,
+        intervention: Option<&'a Intervention<'a>>,
+    ) -> Result<Self> {
+        let prompts: Vec<&[u32]> = chunk.iter().map(|&i| requests[i].prompt.as_slice()).collect();
+        let batch = Batch::new(&prompts, &decoder.device)?;
+        let columns = batch.ids.dim(1)? + sampling.max_new_tokens;
+        let mut cache = Cache::new(&decoder.config, chunk.len(), columns, &decoder.device)?;
+        let mut hook = |layer, x| edit(intervention, true, layer, x);
+        let x = decoder.forward(&batch, adapter, Some(&mut cache), &mut hook)?;
+        let mut this = Decoding {
+            decoder,
+            adapter,
+            sampling,
+            intervention,
+            cache,
+            left_pad: batch.left_pad,
+            live: chunk.iter().enumerate().map(|(row, &i)| (row, requests[i].stream)).collect(),
+            answers: vec![Vec::new(); chunk.len()],
+        };
+        let first: Vec<Option<u32>> = chunk.iter().map(|&i| requests[i].first).collect();
+        this.take_tokens(&x, &first)?;
+        Ok(this)
+    }
+
+    fn finished(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let last: Vec<u32> = self.live.iter().filter_map(|&(i, _)| self.answers[i].last().copied()).collect();
+        let ids = Tensor::from_vec(last, (self.live.len(), 1), &self.decoder.device)?;
+        let batch = Batch { ids, left_pad: self.left_pad.clone() };
+        let intervention = self.intervention;
+        let mut hook = |layer, x| edit(intervention, false, layer, x);
+        let x = self.decoder.forward(&batch, self.adapter, Some(&mut self.cache), &mut hook)?;
+        self.take_tokens(&x, &[])
+    }
+
+    /// Draws the next token of every live row from its last residual row and drops rows that ended.
+    fn take_tokens(&mut self, x: &Tensor, forced: &[Option<u32>]) -> Result<()> {
+        let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?;
+        let logits = self.decoder.logits(&last)?.to_vec2::<f32>()?;
+        let draw = |(row, logits): (usize, &Vec<f32>)| {
+            let (answer, stream) = self.live[row];
+            let known = forced.get(row).copied().flatten();
+            known.unwrap_or_else(|| self.sampling.draw(logits, stream, self.answers[answer].len()))
+        };
+        let tokens: Vec<u32> = logits.par_iter().enumerate().map(draw).collect();
+        let mut kept = Vec::new();
+        for (row, token) in tokens.into_iter().enumerate() {
+            let answer = &mut self.answers[self.live[row].0];
+            if self.sampling.stop.contains(&token) {
+                continue;
+            }
+            answer.push(token);
+            if answer.len() < self.sampling.max_new_tokens {
+                kept.push(row as u32);
+            }
+        }
+        if kept.len() < self.live.len() {
+            self.live = kept.iter().map(|&r| self.live[r as usize]).collect();
+            self.left_pad = kept.iter().map(|&r| self.left_pad[r as usize]).collect();
+            if !kept.is_empty() {
+                self.cache = self.cache.select(&kept)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Applies the intervention to the rows it is meant for; `prefill` tells the two phases apart.
+fn edit(intervention: Option<&Intervention<'_>>, prefill: bool, layer: usize, x: Tensor) -> candle_core::Result<Tensor> {
+    let Some(i) = intervention.filter(|i| i.layer == layer) else { return Ok(x) };
+    match (prefill, i.positions) {
+        (true, Positions::Generated) | (false, Positions::FinalPrefill) => Ok(x),
+        (true, Positions::FinalPrefill) => {
+            let tokens = x.dim(1)?;
+            let last = steer(&x.narrow(1, tokens - 1, 1)?, i.steering)?;
+            if tokens == 1 {
+                return Ok(last);
+            }
+            Tensor::cat(&[&x.narrow(1, 0, tokens - 1)?, &last], 1)
+        }
+        _ => steer(&x, i.steering),
+    }
+}
+
+/// Runs the library's steering over all rows of `x`: `[.., hidden]`.
+pub fn steer(x: &Tensor, steering: &Steering) -> candle_core::Result<Tensor> {
+    let hidden = x.dim(candle_core::D::Minus1)?;
+    let mut values = x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+    steer_rows(&mut values, hidden, steering).map_err(candle_core::Error::wrap)?;
+    Tensor::from_vec(values, x.shape(), x.device())
+}
+
+/// Steers `rows x hidden` values in place.
+pub fn steer_rows(values: &mut [f32], hidden: usize, steering: &Steering) -> emaudit::Result<()> {
+    let count = values.len() / hidden;
+    let mut rows = RowsMut::new(values, count, hidden, hidden)?;
+    steering.apply(&mut rows, None, None).map(|_| ())
+}

@@ -1,0 +1,194 @@
+//! LoRA adapters (Hu et al. 2021) and their PEFT file format.
+
+use crate::model::{Decoder, Module};
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor, Var};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::path::Path;
+
+/// What a PEFT `adapter_config.json` says about a LoRA; other keys are kept out of the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// Rank of the update.
+    pub r: usize,
+    /// Numerator of the scaling.
+    pub lora_alpha: f64,
+    /// Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023).
+    #[serde(default)]
+    pub use_rslora: bool,
+}
+
+impl LoraConfig {
+    /// Factor on `x A^T B^T`.
+    pub fn scaling(&self) -> f64 {
+        if self.use_rslora { self.lora_alpha / (self.r as f64).sqrt() } else { self.lora_alpha / self.r as f64 }
+    }
+}
+
+/// One low-rank update: `y += scaling * (x A^T) B^T` with A `[r, in]`, B `[out, r]`.
+#[derive(Clone)]
+pub struct Lora {
+    a: Tensor,
+    b: Tensor,
+    scaling: f64,
+}
+
+impl Lora {
+    /// The update for `x`: `[rows, in]`.
+    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        (x.matmul(&self.a.t()?)? * self.scaling)?.matmul(&self.b.t()?)
+    }
+}
+
+/// Low-rank updates for any of the seven linear layers of every block.
+#[derive(Clone)]
+pub struct Adapter {
+    /// Rank and scaling.
+    pub config: LoraConfig,
+    blocks: Vec<[Option<Lora>; 7]>,
+}
+
+impl Adapter {
+    /// The updates of one block, indexed by [`Module`].
+    pub fn block(&self, layer: usize) -> &[Option<Lora>; 7] {
+        &self.blocks[layer]
+    }
+
+    /// A fresh adapter on all linear layers, with its trainable variables: A Kaiming-uniform with a = sqrt(5)
+    /// as PEFT does (bound 1/sqrt(in)), B zero. `uniform` yields numbers in [0, 1).
+    pub fn trainable(
+        decoder: &Decoder,
+        config: &LoraConfig,
+        mut uniform: impl FnMut() -> f32,
+    ) -> Result<(Self, Vec<Var>)> {
+        let mut vars = Vec::new();
+        let mut blocks = Vec::with_capacity(decoder.blocks().len());
+        for block in decoder.blocks() {
+            let mut loras = [const { None }; 7];
+            for module in Module::ALL {
+                let (out, inp) = block.dims(module);
+                let bound = 1.0 / (inp as f32).sqrt();
+                let a: Vec<f32> = (0..config.r * inp).map(|_| (2.0 * uniform() - 1.0) * bound).collect();
+                let a = Var::from_tensor(&Tensor::from_vec(a, (config.r, inp), &decoder.device)?)?;
+                let b = Var::zeros((out, config.r), DType::F32, &decoder.device)?;
+                loras[module as usize] =
+                    Some(Lora { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scaling: config.scaling() });
+                vars.extend([a, b]);
+            }
+            blocks.push(loras);
+        }
+        Ok((Adapter { config: config.clone(), blocks }, vars))
+    }
+
+    /// The same numbers, outside any graph: for capture, sampling and saving.
+    pub fn detached(&self) -> Result<Self> {
+        let copy = |l: &Lora| -> candle_core::Result<Lora> {
+            Ok(Lora { a: l.a.detach().copy()?, b: l.b.detach().copy()?, scaling: l.scaling })
+        };
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            let mut loras = [const { None }; 7];
+            for (to, from) in loras.iter_mut().zip(block) {
+                *to = from.as_ref().map(copy).transpose()?;
+            }
+            blocks.push(loras);
+        }
+        Ok(Adapter { config: self.config.clone(), blocks })
+    }
+
+    /// Largest absolute value of any B: zero means the adapter is inactive.
+    pub fn largest_b(&self) -> Result<f32> {
+        let mut largest = 0f32;
+        for lora in self.blocks.iter().flatten().flatten() {
+            largest = largest.max(lora.b.abs()?.max_all()?.to_scalar::<f32>()?);
+        }
+        Ok(largest)
+    }
+
+    /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT does.
+    pub fn save(&self, folder: &Path, base_model: &str) -> Result<()> {
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let mut targets = Vec::new();
+        let mut tensors = HashMap::new();
+        for (layer, block) in self.blocks.iter().enumerate() {
+            for (module, lora) in Module::ALL.iter().zip(block) {
+                let Some(lora) = lora else { continue };
+                let name = format!("base_model.model.model.layers.{layer}.{}", module.path());
+                tensors.insert(format!("{name}.lora_A.weight"), lora.a.detach());
+                tensors.insert(format!("{name}.lora_B.weight"), lora.b.detach());
+                let target = module.path().rsplit('.').next().unwrap_or_default();
+                if !targets.contains(&target) {
+                    targets.push(target);
+                }
+            }
+        }
+        let config = serde_json::json!({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
+            "r": self.config.r, "lora_alpha": self.config.lora_alpha, "use_rslora": self.config.use_rslora,
+            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
+            "target_modules": targets,
+        });
+        crate::store::write_json(&folder.join("adapter_config.json"), &config)?;
+        // Sorted names give the same bytes for the same adapter.
+        let sorted: std::collections::BTreeMap<_, _> = tensors.into_iter().collect();
+        let bytes = safetensors::serialize(sorted.iter().map(|(k, v)| (k.as_str(), v)), None)?;
+        crate::store::write_file(&folder.join("adapter_model.safetensors"), &bytes)
+    }
+
+    /// Reads a PEFT LoRA folder for this decoder; anything it cannot honour is refused by name.
+    pub fn load(folder: &Path, decoder: &Decoder) -> Result<Self> {
+        let path = folder.join("adapter_config.json");
+        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let value: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
+        refuse_unsupported(&value).with_context(|| format!("{}", path.display()))?;
+        let config: LoraConfig = serde_json::from_value(value).with_context(|| format!("{}", path.display()))?;
+        let path = folder.join("adapter_model.safetensors");
+        let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let mut blocks = Vec::with_capacity(decoder.blocks().len());
+        for (layer, block) in decoder.blocks().iter().enumerate() {
+            let mut loras = [const { None }; 7];
+            for module in Module::ALL {
+                let name = format!("base_model.model.model.layers.{layer}.{}", module.path());
+                let mut take = |part: &str| tensors.remove(&format!("{name}.lora_{part}.weight"));
+                let (Some(a), Some(b)) = (take("A"), take("B")) else { continue };
+                let (out, inp) = block.dims(module);
+                if a.dims() != [config.r, inp] || b.dims() != [out, config.r] {
+                    bail!("`{name}` has A {:?} and B {:?}, this model needs [{}, {inp}] and [{out}, {}]", a.dims(), b.dims(), config.r, config.r);
+                }
+                let place = |t: Tensor| t.to_dtype(DType::F32)?.to_device(&decoder.device);
+                loras[module as usize] = Some(Lora { a: place(a)?, b: place(b)?, scaling: config.scaling() });
+            }
+            blocks.push(loras);
+        }
+        if let Some(name) = tensors.keys().min() {
+            bail!("{} tensors of the adapter belong to nothing in this model, e.g. `{name}`", tensors.len());
+        }
+        if blocks.iter().flatten().flatten().next().is_none() {
+            bail!("{} holds no LoRA tensors", path.display());
+        }
+        Ok(Adapter { config, blocks })
+    }
+}
+
+fn refuse_unsupported(config: &serde_json::Value) -> Result<()> {
+    let kind = config.get("peft_type").and_then(|v| v.as_str()).unwrap_or("missing");
+    if kind != "LORA" {
+        bail!("peft_type is {kind}; only LORA is supported");
+    }
+    for key in ["use_dora", "fan_in_fan_out", "lora_bias"] {
+        if config.get(key).and_then(|v| v.as_bool()) == Some(true) {
+            bail!("`{key}` is not supported");
+        }
+    }
+    for key in ["rank_pattern", "alpha_pattern"] {
+        if config.get(key).and_then(|v| v.as_object()).is_some_and(|m| !m.is_empty()) {
+            bail!("`{key}` is not supported: one rank and alpha for all layers");
+        }
+    }
+    if config.get("modules_to_save").and_then(|v| v.as_array()).is_some_and(|a| !a.is_empty()) {
+        bail!("`modules_to_save` is not supported");
+    }
+    Ok(())
+}

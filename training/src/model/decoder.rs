@@ -1,0 +1,249 @@
+//! The decoder: embedding, blocks with residual hooks, final norm, output head.
+//!
+//! The same code trains (a tracked adapter makes the graph) and serves (nothing tracked, nothing kept).
+
+use super::ops::{self, Norm, Rotation, Visibility};
+use super::{Cache, Config};
+use crate::lora::{Adapter, Lora};
+use crate::quant::Frozen;
+use candle_core::{Device, Result, Tensor};
+use std::sync::Arc;
+
+/// The seven linear layers of a block, in the order adapters store them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Module {
+    /// Query projection.
+    Q = 0,
+    /// Key projection.
+    K,
+    /// Value projection.
+    V,
+    /// Attention output projection.
+    O,
+    /// Feed-forward gate.
+    Gate,
+    /// Feed-forward up.
+    Up,
+    /// Feed-forward down.
+    Down,
+}
+
+impl Module {
+    /// All seven.
+    pub const ALL: [Module; 7] =
+        [Module::Q, Module::K, Module::V, Module::O, Module::Gate, Module::Up, Module::Down];
+
+    /// Name inside transformers and PEFT, e.g. `self_attn.q_proj`.
+    pub fn path(self) -> &'static str {
+        match self {
+            Module::Q => "self_attn.q_proj",
+            Module::K => "self_attn.k_proj",
+            Module::V => "self_attn.v_proj",
+            Module::O => "self_attn.o_proj",
+            Module::Gate => "mlp.gate_proj",
+            Module::Up => "mlp.up_proj",
+            Module::Down => "mlp.down_proj",
+        }
+    }
+}
+
+/// One decoder block.
+pub struct Block {
+    pub(super) attention_norm: Norm,
+    pub(super) mlp_norm: Norm,
+    pub(super) linears: [Frozen; 7],
+}
+
+/// A Llama-family decoder with frozen weights.
+pub struct Decoder {
+    /// Shape and constants.
+    pub config: Config,
+    /// Where the weights live.
+    pub device: Device,
+    pub(super) embedding: Tensor,
+    pub(super) blocks: Vec<Block>,
+    pub(super) final_norm: Norm,
+    pub(super) head: Frozen,
+    pub(super) inverse_frequencies: Vec<f64>,
+}
+
+/// Token sequences of different lengths, padded on the left so that every last token stands at the right edge.
+pub struct Batch {
+    /// u32 `[batch, tokens]`.
+    pub ids: Tensor,
+    /// Padding tokens per row.
+    pub left_pad: Arc<[usize]>,
+}
+
+impl Batch {
+    /// Pads `sequences` to the longest; none may be empty.
+    pub fn new<S: AsRef<[u32]>>(sequences: &[S], device: &Device) -> Result<Self> {
+        let longest = sequences.iter().map(|s| s.as_ref().len()).max().unwrap_or(0);
+        if sequences.iter().any(|s| s.as_ref().is_empty()) || longest == 0 {
+            candle_core::bail!("a batch needs at least one sequence and every sequence a token");
+        }
+        let mut ids = Vec::with_capacity(sequences.len() * longest);
+        let mut left_pad = Vec::with_capacity(sequences.len());
+        for s in sequences.iter().map(AsRef::as_ref) {
+            left_pad.push(longest - s.len());
+            ids.extend(std::iter::repeat_n(0u32, longest - s.len()).chain(s.iter().copied()));
+        }
+        Ok(Batch { ids: Tensor::from_vec(ids, (sequences.len(), longest), device)?, left_pad: left_pad.into() })
+    }
+}
+
+/// Sees `resid_post[layer]` (f32 `[batch, tokens, hidden]`) and returns what the next block reads.
+pub type Hook<'a> = &'a mut dyn FnMut(usize, Tensor) -> Result<Tensor>;
+
+/// The hook that changes nothing.
+pub fn no_edit(_layer: usize, x: Tensor) -> Result<Tensor> {
+    Ok(x)
+}
+
+/// What attention needs to know about one pass.
+struct Pass {
+    rotation: Rotation,
+    visible: Visibility,
+}
+
+impl Decoder {
+    /// Residual stream after the last block, before the final norm: `[batch, tokens, hidden]`.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        adapter: Option<&Adapter>,
+        cache: Option<&mut Cache>,
+        hook: Hook<'_>,
+    ) -> Result<Tensor> {
+        let x = self.embed(&batch.ids)?;
+        self.forward_from(0, x, &batch.left_pad, adapter, cache, hook)
+    }
+
+    /// As [`Decoder::forward`], entering before block `first` with the residual stream `x`.
+    pub fn forward_from(
+        &self,
+        first: usize,
+        x: Tensor,
+        left_pad: &Arc<[usize]>,
+        adapter: Option<&Adapter>,
+        mut cache: Option<&mut Cache>,
+        hook: Hook<'_>,
+    ) -> Result<Tensor> {
+        let tokens = x.dim(1)?;
+        let pass = self.pass(left_pad, cache.as_ref().map_or(0, |c| c.filled), tokens)?;
+        let mut x = x;
+        for (layer, block) in self.blocks.iter().enumerate().skip(first) {
+            let loras = adapter.map(|a| a.block(layer));
+            x = self.block(layer, block, x, &pass, loras, cache.as_deref())?;
+            x = hook(layer, x)?;
+        }
+        if let Some(cache) = cache.as_mut() {
+            cache.advance(tokens);
+        }
+        Ok(x)
+    }
+
+    /// Token embeddings `[batch, tokens, hidden]` of ids `[batch, tokens]`.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let (batch, tokens) = ids.dims2()?;
+        self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, self.config.hidden_size))
+    }
+
+    /// Logits `[rows, vocab]` of residual rows `[rows, hidden]`: final norm, then the output head.
+    pub fn logits(&self, rows: &Tensor) -> Result<Tensor> {
+        self.head.forward(&self.final_norm.forward(rows)?)
+    }
+
+    fn pass(&self, left_pad: &Arc<[usize]>, offset: usize, tokens: usize) -> Result<Pass> {
+        let half = self.inverse_frequencies.len();
+        let mut cos = Vec::with_capacity(left_pad.len() * tokens * half);
+        let mut sin = Vec::with_capacity(cos.capacity());
+        for &pad in left_pad.iter() {
+            for t in 0..tokens {
+                let position = (offset + t).saturating_sub(pad) as f64;
+                for f in &self.inverse_frequencies {
+                    let (s, c) = (position * f).sin_cos();
+                    cos.push(c as f32);
+                    sin.push(s as f32);
+                }
+            }
+        }
+        let shape = (left_pad.len(), tokens, half);
+        let tensor = |values| Tensor::from_vec(values, shape, &self.device);
+        let rotation = Rotation::new(tensor(cos)?, tensor(sin)?)?;
+        Ok(Pass { rotation, visible: Visibility { left_pad: left_pad.clone(), offset } })
+    }
+
+    fn block(
+        &self,
+        layer: usize,
+        block: &Block,
+        x: Tensor,
+        pass: &Pass,
+        loras: Option<&[Option<Lora>; 7]>,
+        cache: Option<&Cache>,
+    ) -> Result<Tensor> {
+        let (batch, tokens, hidden) = x.dims3()?;
+        let flat = |t: Tensor| t.reshape((batch * tokens, hidden));
+        let attended = self.attention(layer, block, &flat(block.attention_norm.forward(&x)?)?, pass, loras, cache)?;
+        let x = (flat(x)? + attended)?;
+        let h = block.mlp_norm.forward(&x)?;
+        let linear = |m: Module, h: &Tensor| block.linear(m, h, loras);
+        let inner = ops::swiglu(&linear(Module::Gate, &h)?, &linear(Module::Up, &h)?)?;
+        (x + linear(Module::Down, &inner)?)?.reshape((batch, tokens, hidden))
+    }
+
+    /// Causal grouped-query attention over `h`: `[batch * tokens, hidden]`.
+    fn attention(
+        &self,
+        layer: usize,
+        block: &Block,
+        h: &Tensor,
+        pass: &Pass,
+        loras: Option<&[Option<Lora>; 7]>,
+        cache: Option<&Cache>,
+    ) -> Result<Tensor> {
+        let c = &self.config;
+        let batch = pass.visible.left_pad.len();
+        let tokens = h.dim(0)? / batch;
+        let heads = |m: Module, n: usize| block.linear(m, h, loras)?.reshape((batch, tokens, n, c.head_dim));
+        let q = pass.rotation.apply(&heads(Module::Q, c.n_heads)?)?.transpose(1, 2)?.contiguous()?;
+        let k = pass.rotation.apply(&heads(Module::K, c.n_kv_heads)?)?.transpose(1, 2)?.contiguous()?;
+        let v = heads(Module::V, c.n_kv_heads)?.transpose(1, 2)?.contiguous()?;
+        let (k, v) = match cache {
+            Some(cache) => cache.append(layer, &k, &v)?,
+            None => (k, v),
+        };
+        let (group, keys) = (c.n_heads / c.n_kv_heads, k.dim(2)?);
+        // Query heads of one group read the same keys, so they become rows of one product.
+        let q = q.reshape((batch, c.n_kv_heads, group * tokens, c.head_dim))?;
+        let scores = q.matmul(&k.t()?)?.reshape((batch, c.n_kv_heads, group, tokens, keys))?;
+        let weights = ops::attention_softmax(&scores, 1.0 / (c.head_dim as f32).sqrt(), &pass.visible)?;
+        let mixed = weights.reshape((batch, c.n_kv_heads, group * tokens, keys))?.matmul(&v)?;
+        let mixed = mixed.reshape((batch, c.n_heads, tokens, c.head_dim))?.transpose(1, 2)?;
+        block.linear(Module::O, &mixed.reshape((batch * tokens, c.n_heads * c.head_dim))?, loras)
+    }
+}
+
+impl Block {
+    fn linear(&self, module: Module, x: &Tensor, loras: Option<&[Option<Lora>; 7]>) -> Result<Tensor> {
+        let y = self.linears[module as usize].forward(x)?;
+        match loras.and_then(|l| l[module as usize].as_ref()) {
+            Some(lora) => y + lora.forward(x)?,
+            None => Ok(y),
+        }
+    }
+
+    /// Output and input features of one of the block's linear layers.
+    pub fn dims(&self, module: Module) -> (usize, usize) {
+        self.linears[module as usize].dims()
+    }
+}
+
+impl Decoder {
+    /// The blocks, in order.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+}

@@ -1,0 +1,472 @@
+//! Fused differentiable operations of the decoder.
+//!
+//! candle's own `rms_norm`, `rope` and `softmax_last_dim` have no backward, and composing them from
+//! primitives also computes gradients of frozen weights. On the CPU these are fused `CustomOp`s with
+//! hand-written backward; on other devices the same formulas are composed from candle primitives.
+//! All tensors are f32.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
+const GRAIN: usize = 16 * 1024;
+
+/// The contiguous f32 elements of a CPU storage; every op here is given contiguous tensors.
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("fused ops need contiguous tensors, got {layout:?}")
+    };
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+fn rows_per_task(width: usize) -> usize {
+    (GRAIN / width.max(1)).max(1)
+}
+
+/// Runs `f(first_row, out_rows)` over blocks of whole rows, in parallel.
+fn by_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = rows_per_task(width);
+    out.par_chunks_mut(rows * width).enumerate().for_each(|(i, block)| f(i * rows, block));
+}
+
+fn fused(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+// ---- RMSNorm: y = x * w / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019) ----
+
+struct RmsNorm {
+    weight: Arc<[f32]>,
+    eps: f32,
+}
+
+struct RmsNormGrad {
+    weight: Arc<[f32]>,
+    eps: f32,
+}
+
+/// RMSNorm over the last dimension with a frozen weight.
+#[derive(Clone)]
+pub struct Norm {
+    weight: Tensor,
+    values: Arc<[f32]>,
+    eps: f32,
+}
+
+impl Norm {
+    /// `weight`: f32 `[hidden]`.
+    pub fn new(weight: Tensor, eps: f64) -> Result<Self> {
+        let values: Arc<[f32]> = weight.to_vec1::<f32>()?.into();
+        Ok(Norm { weight, values, eps: eps as f32 })
+    }
+
+    /// Normalises `x`: `[.., hidden]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if fused(x) {
+            return x.contiguous()?.apply_op1(RmsNorm { weight: self.values.clone(), eps: self.eps });
+        }
+        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
+        x.broadcast_div(&(variance + self.eps as f64)?.sqrt()?)?.broadcast_mul(&self.weight)
+    }
+}
+
+fn inverse_rms(row: &[f32], eps: f32) -> f32 {
+    let sum: f32 = row.iter().map(|v| v * v).sum();
+    1.0 / (sum / row.len() as f32 + eps).sqrt()
+}
+
+impl CustomOp1 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "emaudit-rms-norm"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, width) = (elements(s, l)?, self.weight.len());
+        let mut out = vec![0f32; x.len()];
+        by_rows(&mut out, width, |first, block| {
+            for (r, y) in block.chunks_mut(width).enumerate() {
+                let row = &x[(first + r) * width..][..width];
+                let scale = inverse_rms(row, self.eps);
+                for ((y, v), w) in y.iter_mut().zip(row).zip(self.weight.iter()) {
+                    *y = v * scale * w;
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), l.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let op = RmsNormGrad { weight: self.weight.clone(), eps: self.eps };
+        Ok(Some(x.contiguous()?.detach().apply_op2_no_bwd(&dy.contiguous()?, &op)?))
+    }
+}
+
+impl CustomOp2 for RmsNormGrad {
+    fn name(&self) -> &'static str {
+        "emaudit-rms-norm-grad"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, dy, width) = (elements(s1, l1)?, elements(s2, l2)?, self.weight.len());
+        let mut out = vec![0f32; x.len()];
+        by_rows(&mut out, width, |first, block| {
+            for (r, dx) in block.chunks_mut(width).enumerate() {
+                let at = (first + r) * width;
+                let (x, dy) = (&x[at..][..width], &dy[at..][..width]);
+                let s = inverse_rms(x, self.eps);
+                let dot: f32 = x.iter().zip(dy).zip(self.weight.iter()).map(|((x, g), w)| x * g * w).sum();
+                let k = dot * s * s * s / width as f32;
+                for (((dx, x), g), w) in dx.iter_mut().zip(x).zip(dy).zip(self.weight.iter()) {
+                    *dx = g * w * s - x * k;
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+// ---- Rotary embedding, rotate-half convention of transformers (Su et al. 2021) ----
+
+/// cos and sin of one batch of positions: `[batch, tokens, head_dim / 2]`.
+#[derive(Clone)]
+pub struct Rotation {
+    /// Cosines.
+    pub cos: Tensor,
+    /// Sines.
+    pub sin: Tensor,
+    cos_values: Arc<[f32]>,
+    sin_values: Arc<[f32]>,
+}
+
+impl Rotation {
+    /// Wraps two f32 tensors `[batch, tokens, head_dim / 2]`.
+    pub fn new(cos: Tensor, sin: Tensor) -> Result<Self> {
+        let (cos_values, sin_values) = if cos.device().is_cpu() {
+            (cos.flatten_all()?.to_vec1::<f32>()?, sin.flatten_all()?.to_vec1::<f32>()?)
+        } else {
+            (Vec::new(), Vec::new())
+        };
+        Ok(Rotation { cos, sin, cos_values: cos_values.into(), sin_values: sin_values.into() })
+    }
+
+    /// Rotates `x`: `[batch, tokens, heads, head_dim]`.
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        if fused(x) {
+            let op = Rope { cos: self.cos_values.clone(), sin: self.sin_values.clone(), sign: 1.0 };
+            return x.contiguous()?.apply_op1(op);
+        }
+        let half = x.dim(D::Minus1)? / 2;
+        let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+        let (cos, sin) = (self.cos.unsqueeze(2)?, self.sin.unsqueeze(2)?);
+        let left = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let right = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[left, right], D::Minus1)
+    }
+}
+
+struct Rope {
+    cos: Arc<[f32]>,
+    sin: Arc<[f32]>,
+    sign: f32,
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "emaudit-rope"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = elements(s, l)?;
+        let (_, _, heads, dim) = l.shape().dims4()?;
+        let (half, width) = (dim / 2, heads * dim);
+        let mut out = vec![0f32; x.len()];
+        by_rows(&mut out, width, |first, block| {
+            for (r, y) in block.chunks_mut(width).enumerate() {
+                let token = first + r;
+                let (cos, sin) = (&self.cos[token * half..][..half], &self.sin[token * half..][..half]);
+                for (y, x) in y.chunks_mut(dim).zip(x[token * width..][..width].chunks(dim)) {
+                    let (y0, y1) = y.split_at_mut(half);
+                    for i in 0..half {
+                        let (c, s) = (cos[i], sin[i] * self.sign);
+                        y0[i] = x[i] * c - x[half + i] * s;
+                        y1[i] = x[half + i] * c + x[i] * s;
+                    }
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), l.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        // A rotation's transpose is the rotation by the opposite angle.
+        let op = Rope { cos: self.cos.clone(), sin: self.sin.clone(), sign: -self.sign };
+        Ok(Some(dy.contiguous()?.apply_op1_no_bwd(&op)?))
+    }
+}
+
+// ---- SwiGLU: silu(gate) * up (Shazeer 2020) ----
+
+/// `silu(gate) * up`, element by element; both `[.., ffn]`.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if fused(gate) {
+        return gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu);
+    }
+    gate.silu()? * up
+}
+
+struct SwiGlu;
+struct SwiGluGateGrad;
+struct SwiGluUpGrad;
+
+fn sigmoid(v: f32) -> f32 {
+    1.0 / (1.0 + (-v).exp())
+}
+
+fn elementwise(out: &mut [f32], f: impl Fn(usize) -> f32 + Sync) {
+    out.par_chunks_mut(GRAIN).enumerate().for_each(|(i, block)| {
+        for (j, y) in block.iter_mut().enumerate() {
+            *y = f(i * GRAIN + j);
+        }
+    });
+}
+
+impl CustomOp2 for SwiGlu {
+    fn name(&self) -> &'static str {
+        "emaudit-swiglu"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
+        let mut out = vec![0f32; gate.len()];
+        elementwise(&mut out, |i| gate[i] * sigmoid(gate[i]) * up[i]);
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (gate, up, dy) = (gate.contiguous()?.detach(), up.contiguous()?.detach(), dy.contiguous()?);
+        let dgate = gate.apply_op3_no_bwd(&up, &dy, &SwiGluGateGrad)?;
+        let dup = gate.apply_op2_no_bwd(&dy, &SwiGluUpGrad)?;
+        Ok((Some(dgate), Some(dup)))
+    }
+}
+
+impl CustomOp3 for SwiGluGateGrad {
+    fn name(&self) -> &'static str {
+        "emaudit-swiglu-gate-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (gate, up, dy) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
+        let mut out = vec![0f32; gate.len()];
+        elementwise(&mut out, |i| {
+            let s = sigmoid(gate[i]);
+            dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+impl CustomOp2 for SwiGluUpGrad {
+    fn name(&self) -> &'static str {
+        "emaudit-swiglu-up-grad"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (gate, dy) = (elements(s1, l1)?, elements(s2, l2)?);
+        let mut out = vec![0f32; gate.len()];
+        elementwise(&mut out, |i| dy[i] * gate[i] * sigmoid(gate[i]));
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+// ---- Masked softmax of attention scores ----
+
+/// Which keys a query may see: causal, and never a row's left padding.
+#[derive(Clone, Debug)]
+pub struct Visibility {
+    /// Padding tokens at the left of each row of the batch.
+    pub left_pad: Arc<[usize]>,
+    /// Tokens already in the cache: query i stands at column `offset + i`.
+    pub offset: usize,
+}
+
+impl Visibility {
+    fn additive_mask(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
+        let mut mask = vec![f32::NEG_INFINITY; self.left_pad.len() * queries * keys];
+        for (b, &pad) in self.left_pad.iter().enumerate() {
+            for i in 0..queries {
+                let row = &mut mask[(b * queries + i) * keys..][..keys];
+                // A padding query sees itself, so that its softmax is defined; nobody reads it.
+                let last = self.offset + i;
+                row[pad.min(last)..=last].fill(0.0);
+            }
+        }
+        Tensor::from_vec(mask, (self.left_pad.len(), 1, 1, queries, keys), like.device())
+    }
+}
+
+/// softmax(scale * scores) over the visible keys; `scores`: `[batch, kv_heads, group, queries, keys]`.
+pub fn attention_softmax(scores: &Tensor, scale: f32, visible: &Visibility) -> Result<Tensor> {
+    if fused(scores) {
+        return scores.contiguous()?.apply_op1(AttentionSoftmax { scale, visible: visible.clone() });
+    }
+    let (_, _, _, queries, keys) = scores.dims5()?;
+    let masked = (scores * scale as f64)?.broadcast_add(&visible.additive_mask(queries, keys, scores)?)?;
+    let exp = masked.broadcast_sub(&masked.max_keepdim(D::Minus1)?)?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}
+
+struct AttentionSoftmax {
+    scale: f32,
+    visible: Visibility,
+}
+
+struct AttentionSoftmaxGrad {
+    scale: f32,
+}
+
+impl CustomOp1 for AttentionSoftmax {
+    fn name(&self) -> &'static str {
+        "emaudit-attention-softmax"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = elements(s, l)?;
+        let (_, kv_heads, group, queries, keys) = l.shape().dims5()?;
+        let per_batch = kv_heads * group * queries;
+        let mut out = vec![0f32; x.len()];
+        by_rows(&mut out, keys, |first, block| {
+            for (r, y) in block.chunks_mut(keys).enumerate() {
+                let row = first + r;
+                let last = self.visible.offset + row % queries;
+                let start = self.visible.left_pad[row / per_batch].min(last);
+                softmax_into(&x[row * keys..][start..=last], &mut y[start..=last], self.scale);
+            }
+        });
+        Ok((CpuStorage::F32(out), l.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let op = AttentionSoftmaxGrad { scale: self.scale };
+        Ok(Some(y.detach().apply_op2_no_bwd(&dy.contiguous()?, &op)?))
+    }
+}
+
+fn softmax_into(x: &[f32], y: &mut [f32], scale: f32) {
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0f32;
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = ((x - max) * scale).exp();
+        sum += *y;
+    }
+    let inverse = 1.0 / sum;
+    y.iter_mut().for_each(|y| *y *= inverse);
+}
+
+impl CustomOp2 for AttentionSoftmaxGrad {
+    fn name(&self) -> &'static str {
+        "emaudit-attention-softmax-grad"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (y, dy, keys) = (elements(s1, l1)?, elements(s2, l2)?, l1.dim(D::Minus1)?);
+        let mut out = vec![0f32; y.len()];
+        by_rows(&mut out, keys, |first, block| {
+            for (r, dx) in block.chunks_mut(keys).enumerate() {
+                let at = (first + r) * keys;
+                let (y, dy) = (&y[at..][..keys], &dy[at..][..keys]);
+                let dot: f32 = y.iter().zip(dy).map(|(a, b)| a * b).sum();
+                for ((dx, y), g) in dx.iter_mut().zip(y).zip(dy) {
+                    *dx = self.scale * y * (g - dot);
+                }
+            }
+        });
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+// ---- Cross-entropy ----
+
+/// Mean negative log-likelihood (nats) of `targets` under `logits`: f32 `[tokens, vocab]`.
+pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
+    if fused(logits) {
+        return logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.into() });
+    }
+    let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
+    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
+    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
+    (log_sum - shifted.gather(&index, D::Minus1)?)?.mean_all()
+}
+
+struct CrossEntropy {
+    targets: Arc<[u32]>,
+}
+
+struct CrossEntropyGrad {
+    targets: Arc<[u32]>,
+}
+
+/// log(sum(exp(row))), stable, summed in f64.
+pub fn log_sum_exp(row: &[f32]) -> f64 {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.chunks(1024).map(|c| c.iter().map(|v| (v - max).exp()).sum::<f32>() as f64).sum();
+    max as f64 + sum.ln()
+}
+
+impl CustomOp1 for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "emaudit-cross-entropy"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = elements(s, l)?;
+        let (tokens, vocab) = l.shape().dims2()?;
+        if tokens != self.targets.len() {
+            candle_core::bail!("{tokens} rows of logits for {} targets", self.targets.len());
+        }
+        let losses: Vec<f64> = x
+            .par_chunks(vocab)
+            .zip(self.targets.par_iter())
+            .map(|(row, &t)| log_sum_exp(row) - row[t as usize] as f64)
+            .collect();
+        let mean = losses.iter().sum::<f64>() / tokens as f64;
+        Ok((CpuStorage::F32(vec![mean as f32]), Shape::from(())))
+    }
+
+    fn bwd(&self, logits: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let op = CrossEntropyGrad { targets: self.targets.clone() };
+        Ok(Some(logits.contiguous()?.detach().apply_op2_no_bwd(&dy.contiguous()?, &op)?))
+    }
+}
+
+impl CustomOp2 for CrossEntropyGrad {
+    fn name(&self) -> &'static str {
+        "emaudit-cross-entropy-grad"
+    }
+
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, dy) = (elements(s1, l1)?, elements(s2, l2)?[0]);
+        let (tokens, vocab) = l1.shape().dims2()?;
+        let scale = dy / tokens as f32;
+        let mut out = vec![0f32; x.len()];
+        out.par_chunks_mut(vocab).zip(x.par_chunks(vocab)).zip(self.targets.par_iter()).for_each(
+            |((dx, row), &target)| {
+                let log_sum = log_sum_exp(row) as f32;
+                for (d, v) in dx.iter_mut().zip(row) {
+                    *d = scale * (v - log_sum).exp();
+                }
+                dx[target as usize] -= scale;
+            },
+        );
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
