@@ -1,0 +1,8 @@
+//! The C ABI from outside: C and C++ programs are compiled against the committed headers, linked with the
+//! shared and with the static library, and run.
+
+mod demo;
+mod fixture;
+mod header;
+mod programs;
+mod toolchain;
