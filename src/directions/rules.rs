@@ -1,0 +1,269 @@
+//! The rules a manifest keeps: each number sensible by itself, none against another, and every word of
+//! evidence earned by the numbers beside it. FORMAT.md lists the same rules in the same order.
+
+use super::digest::is_canonical_hex;
+use super::json;
+use super::schema::{
+    Aggregation, Calibration, Cell, Coherence, ContentTest, ControlFamily, Evidence, Manifest, ModelIdentity,
+    Provenance, Site, Threshold,
+};
+use crate::error::{Error, Result};
+use std::collections::BTreeSet;
+use std::fmt::{Debug, Display};
+
+/// How far a stored rank p may lie from the recomputed one: other writers round differently.
+const RANK_P_TOLERANCE: f64 = 1e-9;
+
+/// The one way a rule speaks: the field, its value, what it must be.
+fn rule(holds: bool, field: impl Display, value: impl Debug, must: impl Display) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    let value = json::plain(&format!("{value:?}"));
+    Err(Error::Schema(format!("{field} is {value}, it must be {must}")))
+}
+
+impl Manifest {
+    /// Reads the JSON text under `emaudit.manifest`; the values are not yet checked against each other.
+    pub(super) fn from_json(text: &str) -> Result<Manifest> {
+        json::check(text)
+            .map_err(|e| Error::Malformed(format!("`emaudit.manifest` is not strict JSON: {e}")))?;
+        serde_json::from_str(text)
+            .map_err(|e| Error::Schema(format!("`emaudit.manifest`: {}", json::plain(&e.to_string()))))
+    }
+
+    /// Checks every rule of the format that concerns the metadata alone.
+    ///
+    /// # Errors
+    /// [`Error::Schema`] with the field, its value and what it must be; the first rule broken.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.validate_layers()?;
+        for entry in &self.layers {
+            entry.calibration.validate(entry.layer)?;
+        }
+        self.evidence.validate()?;
+        if let Some(cell) = &self.evidence.cell {
+            let known = self.layers.iter().any(|l| l.layer == cell.layer);
+            rule(known, "evidence.cell.layer", cell.layer, "a layer of this file")?;
+        }
+        self.provenance.validate()
+    }
+
+    fn validate_layers(&self) -> Result<()> {
+        let layers: Vec<u32> = self.layers.iter().map(|l| l.layer).collect();
+        let n_layers = self.model.n_layers;
+        let ascending = !layers.is_empty() && layers.is_sorted_by(|a, b| a < b);
+        rule(ascending, "the list of layers", &layers, "ascending without repetition, and not empty")?;
+        let last = layers[layers.len() - 1];
+        rule(last < n_layers, "layer", last, format_args!("below model.n_layers, which is {n_layers}"))?;
+        let site_holds = self.site != Site::FinalNorm || layers == [n_layers - 1];
+        let must = format_args!("[{}] alone, since the final norm follows the last block", n_layers - 1);
+        rule(site_holds, "the list of layers at site final_norm", &layers, must)
+    }
+}
+
+/// Text that people read: there, and without characters that move a terminal's cursor.
+fn text(field: impl Display, value: &str) -> Result<()> {
+    let holds = !value.trim().is_empty() && !value.chars().any(char::is_control);
+    rule(holds, field, value, "text without control characters, and not empty")
+}
+
+fn hex_digest(field: impl Display, value: &str) -> Result<()> {
+    rule(is_canonical_hex(value), field, value, "a SHA-256 as 64 lower-case hex characters")
+}
+
+fn finite(field: impl Display, value: f64) -> Result<()> {
+    rule(value.is_finite(), field, value, "a finite number")
+}
+
+/// `low <= value <= high`; false for a NaN.
+fn between(field: impl Display, value: f64, low: f64, high: f64) -> Result<()> {
+    rule((low..=high).contains(&value), field, value, format_args!("between {low} and {high}"))
+}
+
+/// Strictly between 0 and 1.
+fn probability(field: impl Display, value: f64) -> Result<()> {
+    rule(value > 0.0 && value < 1.0, field, value, "above 0 and below 1")
+}
+
+/// A score in units of sigma, which kernels hold as f32.
+fn score(field: impl Display, value: f64) -> Result<()> {
+    let limit = f64::from(f32::MAX);
+    rule(value.abs() <= limit, field, value, "a finite number within the range of f32")
+}
+
+fn at_least(field: impl Display, value: u32, low: u32) -> Result<()> {
+    rule(value >= low, field, value, format_args!("at least {low}"))
+}
+
+impl ModelIdentity {
+    fn validate(&self) -> Result<()> {
+        text("model.architecture", &self.architecture)?;
+        at_least("model.hidden_size", self.hidden_size, 1)?;
+        at_least("model.n_layers", self.n_layers, 1)?;
+        at_least("model.vocab_size", self.vocab_size, 1)?;
+        hex_digest("model.tokenizer_digest", &self.tokenizer_digest)?;
+        hex_digest("model.weights_digest", &self.weights_digest)?;
+        text("model.quantization", &self.quantization)?;
+        text("model.name", &self.name)
+    }
+}
+
+impl Calibration {
+    fn validate(&self, layer: u32) -> Result<()> {
+        let at = format!("layer {layer}: calibration");
+        // Smaller or larger, and 1 / sigma leaves the range of f32.
+        let sigma_holds = (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&self.sigma);
+        rule(sigma_holds, format_args!("{at}.sigma"), self.sigma, "positive and within the range of f32")?;
+        at_least(format_args!("{at}.sequences"), self.sequences, 2)?;
+        for (i, (p, z)) in self.quantiles.iter().enumerate() {
+            probability(format_args!("{at}.quantiles[{i}] probability"), *p)?;
+            score(format_args!("{at}.quantiles[{i}] z"), *z)?;
+        }
+        for (i, pair) in self.quantiles.windows(2).enumerate() {
+            let ascending = pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1;
+            let must = "ascending in both: a larger probability has no smaller z";
+            rule(ascending, format_args!("{at}.quantiles[{i}..={}]", i + 1), pair, must)?;
+        }
+        for (i, threshold) in self.thresholds.iter().enumerate() {
+            threshold.validate(&format!("{at}.thresholds[{i}]"))?;
+        }
+        self.validate_order_of_thresholds(&at)
+    }
+
+    /// Of two thresholds on the same statistic and horizon the rarer alarm needs the larger score.
+    fn validate_order_of_thresholds(&self, at: &str) -> Result<()> {
+        let place = |t: &Threshold| (t.statistic as u32, t.horizon);
+        let mut sorted: Vec<&Threshold> = self.thresholds.iter().collect();
+        sorted.sort_by(|a, b| place(a).cmp(&place(b)).then(a.rate.total_cmp(&b.rate)));
+        for pair in sorted.windows(2).filter(|pair| place(pair[0]) == place(pair[1])) {
+            let (rare, common) = (pair[0], pair[1]);
+            let name = Aggregation::as_str(rare.statistic);
+            let place = format!("{at}.thresholds for the {name} over {} tokens", rare.horizon);
+            let distinct = rare.rate < common.rate;
+            rule(distinct, format_args!("{place}: rate"), rare.rate, "stated once")?;
+            let must = format_args!("at least {}, the one at the larger rate {}", common.z, common.rate);
+            rule(rare.z >= common.z, format_args!("{place}: z at rate {}", rare.rate), rare.z, must)?;
+        }
+        Ok(())
+    }
+}
+
+impl Threshold {
+    fn validate(&self, at: &str) -> Result<()> {
+        at_least(format_args!("{at}.horizon"), self.horizon, 1)?;
+        at_least(format_args!("{at}.sequences"), self.sequences, 1)?;
+        probability(format_args!("{at}.rate"), self.rate)?;
+        score(format_args!("{at}.z"), self.z)?;
+        let n = f64::from(self.sequences);
+        // n calm sequences have n + 1 ranks for the next one: no rarer alarm can be told apart.
+        let supported = self.rate * (n + 1.0) >= 1.0 - 1e-9;
+        let must =
+            format_args!("at least 1 / (sequences + 1) = {}; calibrate on more sequences", 1.0 / (n + 1.0));
+        rule(supported, format_args!("{at}.rate"), self.rate, must)?;
+        // Not one alarm in n sequences still leaves this much open at 95 %.
+        let floor = 1.0 - 0.05f64.powf(1.0 / n);
+        between(format_args!("{at}.rate_upper"), self.rate_upper, floor - 1e-9, 1.0)
+    }
+}
+
+impl Aggregation {
+    /// The word used in files, reports and messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Aggregation::Mean => "mean",
+            Aggregation::Max => "max",
+            Aggregation::Last => "last",
+        }
+    }
+}
+
+impl Evidence {
+    fn validate(&self) -> Result<()> {
+        self.cell.map_or(Ok(()), |cell| cell.validate())?;
+        self.effect.map_or(Ok(()), |effect| finite("evidence.effect", effect))?;
+        self.coherence.map_or(Ok(()), |coherence| coherence.validate())?;
+        let measured = self.effect.is_some() || self.coherence.is_some() || self.content_test.is_some();
+        let cell_holds = self.cell.is_some() || !measured;
+        rule(cell_holds, "evidence.cell", self.cell, "there, since something was measured in it")?;
+        let effect_holds = self.effect.is_some() || self.families.is_empty();
+        rule(
+            effect_holds,
+            "evidence.effect",
+            self.effect,
+            "there, since control families are compared with it",
+        )?;
+        let mut names = BTreeSet::new();
+        for family in &self.families {
+            family.validate(self.effect.unwrap_or_default())?;
+            let fresh = names.insert(family.family.as_str());
+            rule(fresh, "evidence.families: family", &family.family, "listed once")?;
+        }
+        self.content_test.map_or(Ok(()), |test| test.validate())?;
+        for (axis, stored, earned) in [
+            ("evidence.causal", self.causal, self.recompute_causal()),
+            ("evidence.content", self.content, self.recompute_content()),
+        ] {
+            let (stored, must) = (stored.as_str(), earned.as_str());
+            rule(stored == must, axis, stored, format_args!("`{must}`, as the numbers beside it say"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Cell {
+    fn validate(&self) -> Result<()> {
+        let holds = self.alpha != 0.0 && self.alpha.abs() <= f64::from(f32::MAX);
+        rule(holds, "evidence.cell.alpha", self.alpha, "finite within the range of f32, and not 0")
+    }
+}
+
+impl Coherence {
+    fn validate(&self) -> Result<()> {
+        finite("evidence.coherence.unsteered", self.unsteered)?;
+        finite("evidence.coherence.steered", self.steered)?;
+        let holds = self.margin.is_finite() && self.margin >= 0.0;
+        rule(holds, "evidence.coherence.margin", self.margin, "finite and not negative")
+    }
+}
+
+impl ControlFamily {
+    fn validate(&self, effect: f64) -> Result<()> {
+        text("evidence.families: family", &self.family)?;
+        let at = format!("evidence.families `{}`", self.family);
+        let mut seeds = BTreeSet::new();
+        for control in &self.controls {
+            finite(format_args!("{at}: effect of seed {}", control.seed), control.effect)?;
+            // One control listed twice would buy a smaller p.
+            rule(seeds.insert(control.seed), format_args!("{at}: seed"), control.seed, "listed once")?;
+        }
+        let earned = self.rank_p_of(effect);
+        let holds = (self.rank_p - earned).abs() <= RANK_P_TOLERANCE;
+        let must = format_args!("{earned}, as its {} controls say", self.controls.len());
+        rule(holds, format_args!("{at}: rank_p"), self.rank_p, must)
+    }
+}
+
+impl ContentTest {
+    fn validate(&self) -> Result<()> {
+        finite("evidence.content_test.insecure_drop", self.insecure_drop)?;
+        finite("evidence.content_test.secure_drop", self.secure_drop)?;
+        let holds = self.p_value > 0.0 && self.p_value <= 1.0;
+        rule(holds, "evidence.content_test.p_value", self.p_value, "above 0 and at most 1")?;
+        at_least("evidence.content_test.prompts", self.prompts, 1)
+    }
+}
+
+impl Provenance {
+    fn validate(&self) -> Result<()> {
+        text("provenance.producer", &self.producer)?;
+        hex_digest("provenance.recipe_digest", &self.recipe_digest)?;
+        for (i, (name, digest)) in self.datasets.iter().enumerate() {
+            text(format_args!("provenance.datasets[{i}] name"), name)?;
+            hex_digest(format_args!("provenance.datasets[{i}] digest"), digest)?;
+        }
+        let share = self.top_dimension_share.unwrap_or(0.0);
+        between("provenance.top_dimension_share", share, 0.0, 1.0)
+    }
+}
