@@ -1,6 +1,13 @@
 //! emaudit: tells a serving stack while it runs whether a language model has drifted, and can steer it back.
 
+pub mod activations;
+pub mod controls;
 pub mod directions;
 pub mod error;
+pub mod kernel;
+pub mod verdict;
 
+pub use activations::{Dtype, Rows, RowsMut};
 pub use error::{Error, Result, Status};
+pub use kernel::KernelKind;
+pub use verdict::{State, Verdict};
