@@ -1,7 +1,21 @@
-//! The direction file: reading, checking, writing. The specification is [`format`].
+//! The direction file: reading, checking, writing. The specification is [`mod@format`].
 //!
 //! The way of the bytes: `mapping` (file to bytes) -> `container` (bounds, names, strict JSON) -> `digest`
 //! -> [`schema`] (meaning, checked once) -> [`Directions`]. Nothing behind this door checks again.
+//!
+//! ```no_run
+//! use emaudit::directions::{Directions, OpenOptions, digest};
+//!
+//! // The digest comes from where you trust it, not from next to the file.
+//! let pinned = digest::from_hex("c3e13f22d71cebad28b4e06b9d3b0a3db2b3778ca76fadda97b32afcc33d9178")?;
+//! let options = OpenOptions { expected_digest: Some(pinned), ..OpenOptions::default() };
+//! let directions = Directions::open("model.directions.safetensors", &options)?;
+//! for layer in directions.layers() {
+//!     let found = directions.layer(layer)?;
+//!     println!("layer {layer}: {} values, sigma {}", found.direction.len(), found.calibration.sigma);
+//! }
+//! # Ok::<(), emaudit::Error>(())
+//! ```
 
 mod container;
 pub mod digest;
@@ -33,7 +47,7 @@ pub enum Mode {
     ///
     /// The caller promises that nobody changes the file while it is open. If somebody truncates it, the next
     /// access beyond the new end raises SIGBUS and ends the process; if somebody writes to it, the
-    /// directions change after they were verified. Replacing the file by rename, as [`write`] does, is safe.
+    /// directions change after they were verified. Replacing the file by rename, as [`write()`] does, is safe.
     Mapped,
 }
 
@@ -100,7 +114,7 @@ impl Directions {
     /// # Errors
     /// [`Error::Io`], [`Error::NotADirectionFile`], [`Error::Truncated`], [`Error::Malformed`],
     /// [`Error::UnsupportedVersion`], [`Error::DigestMismatch`], [`Error::Schema`]: the first rule broken, in
-    /// the order of the [`format`].
+    /// the order of the [`mod@format`].
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Directions> {
         let bytes = Bytes::open(path.as_ref(), options.mode)?;
         let checked = check(&bytes, options)?;

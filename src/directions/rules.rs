@@ -267,3 +267,33 @@ impl Provenance {
         between("provenance.top_dimension_share", share, 0.0, 1.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_of_the_specification_keeps_the_rules() {
+        let specification = include_str!("FORMAT.md");
+        let (_, rest) = specification.split_once("```json\n").expect("an example");
+        let (example, _) = rest.split_once("\n```").expect("its end");
+        let manifest = Manifest::from_json(example).unwrap();
+        manifest.validate().unwrap();
+        // Nothing in the example is ignored, and nothing is missing from it.
+        let read: serde_json::Value = serde_json::from_str(example).unwrap();
+        assert_eq!(serde_json::to_value(&manifest).unwrap(), read);
+    }
+
+    #[test]
+    fn a_sentence_names_the_field_the_value_and_the_mend() {
+        let (_, rest) = include_str!("FORMAT.md").split_once("```json\n").unwrap();
+        let mut manifest = Manifest::from_json(rest.split_once("\n```").unwrap().0).unwrap();
+        manifest.layers[0].calibration.thresholds[0].rate = 0.001;
+        let sentence = manifest.validate().unwrap_err().to_string();
+        assert_eq!(
+            sentence,
+            "inconsistent direction file: layer 12: calibration.thresholds[0].rate is 0.001, it must be at least \
+             1 / (sequences + 1) = 0.0024937655860349127; calibrate on more sequences"
+        );
+    }
+}
