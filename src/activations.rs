@@ -131,7 +131,9 @@ impl Layout {
         }
         let elements = (self.rows - 1).checked_mul(self.stride).and_then(|n| n.checked_add(self.cols));
         let fits = |n: &usize| n.checked_mul(self.dtype.size()).is_some_and(|b| b <= isize::MAX as usize);
-        elements.filter(fits).ok_or_else(|| Error::InvalidArgument("the rows exceed the address space".into()))
+        elements
+            .filter(fits)
+            .ok_or_else(|| Error::InvalidArgument("the rows exceed the address space".into()))
     }
 
     fn check_disjoint(&self) -> Result<()> {

@@ -5,9 +5,15 @@ pub mod controls;
 pub mod directions;
 pub mod error;
 pub mod kernel;
+pub mod monitor;
+pub mod probe;
+pub mod steering;
 pub mod verdict;
 
 pub use activations::{Dtype, Rows, RowsMut};
 pub use error::{Error, Result, Status};
 pub use kernel::KernelKind;
+pub use monitor::Monitor;
+pub use probe::{Probe, RowStatus, ScoreUnit};
+pub use steering::{Operation, SteerReport, Steering, SteeringOptions};
 pub use verdict::{State, Verdict};

@@ -32,7 +32,12 @@ macro_rules! kernel {
             where
                 $vector: Memory<T>,
             {
-                Ops { dot: dot::<T>, dot_squares: dot_squares::<T>, edit_peak: edit_peak::<T>, edit: edit::<T> }
+                Ops {
+                    dot: dot::<T>,
+                    dot_squares: dot_squares::<T>,
+                    edit_peak: edit_peak::<T>,
+                    edit: edit::<T>,
+                }
             }
 
             /// # Safety
