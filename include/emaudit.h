@@ -19,8 +19,6 @@
  *    accepted; a newer, larger one only while the bytes this library does not know are zero.
  *  - A pointer whose length is 0 is ignored.
  */
-
-
 #ifndef EMAUDIT_H
 #define EMAUDIT_H
 
@@ -1277,8 +1275,6 @@ emaudit_status emaudit_monitor_reset(emaudit_monitor *monitor,
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus
-
-#endif  /* EMAUDIT_H */
 
 /* Initialisers. They state the size of the struct and the defaults of this header. */
 

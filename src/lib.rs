@@ -4,6 +4,7 @@ pub mod activations;
 pub mod controls;
 pub mod directions;
 pub mod error;
+pub mod ffi;
 pub mod kernel;
 pub mod monitor;
 pub mod probe;

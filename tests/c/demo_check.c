@@ -37,9 +37,10 @@ static void fail(const char *format, ...) {
   exit(1);
 }
 
-static void require(emaudit_status status, emaudit_error *error, const char *what) {
+/* `error` by address: the order in which arguments are evaluated is open, and the call fills it. */
+static void require(emaudit_status status, emaudit_error *const *error, const char *what) {
   if (status != EMAUDIT_STATUS_OK) {
-    fail("%s: %s: %s", what, emaudit_status_name(status), emaudit_error_message(error));
+    fail("%s: %s: %s", what, emaudit_status_name(status), emaudit_error_message(*error));
   }
 }
 
@@ -88,8 +89,8 @@ static emaudit_directions *open_mapped(const char *path, emaudit_directions_info
   options.mode = EMAUDIT_MODE_MAPPED;
   emaudit_directions *directions = NULL;
   emaudit_error *error = NULL;
-  require(emaudit_directions_open(path, &options, &directions, &error), error, path);
-  require(emaudit_directions_get_info(directions, info, &error), error, "info");
+  require(emaudit_directions_open(path, &options, &directions, &error), &error, path);
+  require(emaudit_directions_get_info(directions, info, &error), &error, "info");
   if (info->verified != 1) {
     fail("the directions are not verified");
   }
@@ -99,10 +100,10 @@ static emaudit_directions *open_mapped(const char *path, emaudit_directions_info
 static struct layer read_layer(const emaudit_directions *directions, uint32_t number, size_t width) {
   emaudit_layer_info info = EMAUDIT_LAYER_INFO_INIT;
   emaudit_error *error = NULL;
-  require(emaudit_directions_get_layer_info(directions, number, &info, &error), error, "layer");
+  require(emaudit_directions_get_layer_info(directions, number, &info, &error), &error, "layer");
   struct layer layer = {allocate(width, sizeof(float)), allocate(width, sizeof(float)), 0.0, info.sigma, 0.0};
   float *mean = allocate(width, sizeof(float));
-  require(emaudit_directions_copy_vectors(directions, number, layer.direction, mean, width, &error), error,
+  require(emaudit_directions_copy_vectors(directions, number, layer.direction, mean, width, &error), &error,
           "vectors");
   double squares = 0.0;
   for (size_t i = 0; i < width; ++i) {
@@ -122,7 +123,7 @@ static emaudit_probe *probe_for(const emaudit_directions *directions, uint32_t l
   options.kernel = kernel;
   emaudit_probe *probe = NULL;
   emaudit_error *error = NULL;
-  require(emaudit_probe_new(directions, layer, &options, &probe, &error), error, "probe");
+  require(emaudit_probe_new(directions, layer, &options, &probe, &error), &error, "probe");
   return probe;
 }
 
@@ -139,7 +140,7 @@ static float *score(const emaudit_probe *probe, const struct matrix *rows) {
   float *scores = allocate(rows->rows, sizeof(float));
   const emaudit_tensor tensor = tensor_of(rows);
   emaudit_error *error = NULL;
-  require(emaudit_probe_score(probe, &tensor, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL, &error), error, "score");
+  require(emaudit_probe_score(probe, &tensor, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL, &error), &error, "score");
   return scores;
 }
 
@@ -166,7 +167,7 @@ static double check_bound(const emaudit_probe *probe, const struct matrix *rows,
       squares += (double)row[k] * (double)row[k];
     }
     emaudit_error *error = NULL;
-    require(emaudit_probe_error_bound(probe, sqrt(squares), &bound, &error), error, "bound");
+    require(emaudit_probe_error_bound(probe, sqrt(squares), &bound, &error), &error, "bound");
     const double allowed = (bound + fabs(raw) * 0x1p-24) / layer->sigma;
     const double found = fabs((double)scores[i] - raw / layer->sigma);
     if (!(found <= allowed)) {
@@ -198,13 +199,13 @@ static double check_subtract(const emaudit_probe *probe, const struct matrix *ro
   options.allow_nonspecific = specific ? 0 : 1;
   emaudit_steering *steering = NULL;
   emaudit_error *error = NULL;
-  require(emaudit_steering_new(probe, &options, &steering, &error), error, "steering");
+  require(emaudit_steering_new(probe, &options, &steering, &error), &error, "steering");
   float *original = allocate(rows->rows * rows->cols, sizeof(float));
   memcpy(original, rows->data, rows->rows * rows->cols * sizeof(float));
   float *before = score(probe, rows);
   const emaudit_tensor tensor = tensor_of(rows);
   emaudit_steer_report report = EMAUDIT_STEER_REPORT_INIT;
-  require(emaudit_steering_apply(steering, &tensor, NULL, NULL, &report, &error), error, "subtract");
+  require(emaudit_steering_apply(steering, &tensor, NULL, NULL, &report, &error), &error, "subtract");
   if (report.rows != rows->rows || report.touched != rows->rows || !(report.largest_dose > 0.0f)) {
     fail("the report does not say that every row was steered");
   }
@@ -227,7 +228,7 @@ static double check_subtract(const emaudit_probe *probe, const struct matrix *ro
 static uint32_t kernel_of(const emaudit_probe *probe) {
   emaudit_probe_info info = EMAUDIT_PROBE_INFO_INIT;
   emaudit_error *error = NULL;
-  require(emaudit_probe_get_info(probe, &info, &error), error, "probe info");
+  require(emaudit_probe_get_info(probe, &info, &error), &error, "probe info");
   return info.kernel;
 }
 
@@ -257,7 +258,7 @@ int main(int argc, char **argv) {
   struct layer layer = read_layer(directions, number, rows.cols);
   uint32_t kernel = 0;
   emaudit_error *error = NULL;
-  require(emaudit_kernel_from_name(argv[5], &kernel, &error), error, argv[5]);
+  require(emaudit_kernel_from_name(argv[5], &kernel, &error), &error, argv[5]);
   emaudit_probe *forced = probe_for(directions, number, kernel);
   emaudit_probe *standard = probe_for(directions, number, EMAUDIT_KERNEL_DEFAULT);
   emaudit_directions_free(directions);

@@ -90,7 +90,7 @@ fn layer(layer: u32, sigma: f64) -> LayerManifest {
 }
 
 /// Evidence whose numbers earn `specific` on both axes.
-fn specific() -> Evidence {
+pub fn specific() -> Evidence {
     let family = |name: &&str| {
         let controls = (0..MIN_CONTROLS as u64).map(|seed| ControlEffect { seed, effect: 0.0 }).collect();
         let mut family = ControlFamily { family: (*name).into(), rank_p: 0.0, controls };

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <type_traits>
 
 using emaudit::Status;
@@ -82,6 +83,27 @@ void test_score(const emaudit::Probe &probe) {
   CHECK(status[0] == emaudit::RowStatus::ok && status[1] == emaudit::RowStatus::non_finite);
 }
 
+// One probe, several threads, the same bits.
+void test_threads(const emaudit::Probe &probe) {
+  const std::vector<float> data = make_rows(500);
+  const emaudit::Rows rows = emaudit::Rows::f32(data.data(), 500, width);
+  std::vector<float> expected(500);
+  CHECK(probe.score(rows, expected.data()));
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([&] {
+      std::vector<float> scores(500);
+      for (int round = 0; round < 20; ++round) {
+        CHECK(probe.score(rows, scores.data()));
+        CHECK(scores == expected);
+      }
+    });
+  }
+  for (std::thread &thread : threads) {
+    thread.join();
+  }
+}
+
 void test_steer(const emaudit::Probe &probe) {
   emaudit::SteeringOptions options;
   options.operation = emaudit::Operation::project_out;
@@ -136,6 +158,7 @@ int main(int argc, char **argv) {
   auto probe = probe_of_file(fixtures + "/specific.safetensors");
   CHECK(probe);
   test_score(*probe);
+  test_threads(*probe);
   test_steer(*probe);
   test_monitor(*probe);
   CHECK(probe_of_file(fixtures + "/text.safetensors").status() == Status::not_a_direction_file);
