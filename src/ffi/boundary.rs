@@ -14,7 +14,10 @@ const STRUCT_SIZE_CAP: usize = 4096;
 ///
 /// # Safety
 /// `error` is null or valid for writing one pointer.
-pub(super) unsafe fn guard(error: *mut *mut emaudit_error, body: impl FnOnce() -> Result<()>) -> emaudit_status {
+pub(super) unsafe fn guard(
+    error: *mut *mut emaudit_error,
+    body: impl FnOnce() -> Result<()>,
+) -> emaudit_status {
     let outcome = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| Err(describe_panic(payload)));
     let failure = outcome.err();
     let status = failure.as_ref().map_or(Status::Ok, Error::status);

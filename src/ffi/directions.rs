@@ -3,8 +3,8 @@
 #[cfg(not(unix))]
 use super::boundary::text;
 use super::boundary::{
-    OutStruct, Sized32, borrow, check_pointer, copy_list, flag, guard, hand_out, invalid, read_struct_or_default,
-    slice, take_back,
+    OutStruct, Sized32, borrow, check_pointer, copy_list, flag, guard, hand_out, invalid,
+    read_struct_or_default, slice, take_back,
 };
 use super::error::{emaudit_error, emaudit_status};
 use super::identity::IdentityText;

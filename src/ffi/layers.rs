@@ -191,7 +191,8 @@ pub unsafe extern "C" fn emaudit_directions_copy_vectors(
         if width != expected {
             return Err(Error::WidthMismatch { expected, found: width });
         }
-        let targets = [("direction", direction, &found.direction), ("aligned_mean", aligned_mean, &found.aligned_mean)];
+        let targets =
+            [("direction", direction, &found.direction), ("aligned_mean", aligned_mean, &found.aligned_mean)];
         check_disjoint(&targets.each_ref().map(|t| Region::new(t.0, t.1.cast_const(), width)), &[])?;
         for (name, pointer, values) in targets.into_iter().filter(|target| !target.1.is_null()) {
             unsafe { slice_mut(pointer, width, name)? }.copy_from_slice(values);

@@ -1,8 +1,8 @@
 //! Steering: edit rows in place along a probe's direction.
 
 use super::boundary::{
-    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, flag, guard, hand_out, invalid,
-    read_struct, slice, slice_mut, take_back,
+    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, flag, guard, hand_out,
+    invalid, read_struct, slice, slice_mut, take_back,
 };
 use super::error::{emaudit_error, emaudit_status};
 use super::probe::{emaudit_probe, row_status};
@@ -186,7 +186,11 @@ struct Call {
 ///
 /// # Safety
 /// As the two functions below; `scores` holds the unit and the pointer where scores are wanted.
-unsafe fn steer(steering: &emaudit_steering, scores: Option<(ScoreUnit, *mut f32)>, call: &Call) -> Result<()> {
+unsafe fn steer(
+    steering: &emaudit_steering,
+    scores: Option<(ScoreUnit, *mut f32)>,
+    call: &Call,
+) -> Result<()> {
     let tensor = unsafe { tensor::check(call.rows, steering.steering.probe().width())? };
     let report = unsafe { OutStruct::new_optional(call.report)? };
     check_arrays(&tensor, scores.map(|(_, pointer)| pointer), call)?;

@@ -89,7 +89,9 @@ impl Checked {
     /// # Safety
     /// The memory the tensor describes is readable and nobody writes it during `'a`.
     pub(super) unsafe fn rows<'a>(&self) -> Result<Rows<'a>> {
-        unsafe { Rows::from_raw(self.data.cast_const().cast(), self.dtype, self.rows, self.cols, self.stride) }
+        unsafe {
+            Rows::from_raw(self.data.cast_const().cast(), self.dtype, self.rows, self.cols, self.stride)
+        }
     }
 
     /// The rows for editing.

@@ -4,7 +4,16 @@ use super::toolchain::root;
 
 /// The files of the ABI, in the order of the header.
 const SOURCES: [&str; 10] = [
-    "version", "error", "kernel", "tensor", "directions", "identity", "layers", "probe", "steering", "monitor",
+    "version",
+    "error",
+    "kernel",
+    "tensor",
+    "directions",
+    "identity",
+    "layers",
+    "probe",
+    "steering",
+    "monitor",
 ];
 
 fn generate() -> String {

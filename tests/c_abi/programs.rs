@@ -43,7 +43,13 @@ fn include_alone(header: &str, standard: Standard, extra: &[&str]) {
     let extension = if matches!(standard, Standard::C11 | Standard::C17) { "c" } else { "cpp" };
     let source = directory.path().join("alone").with_extension(extension);
     std::fs::write(&source, format!("#include \"{header}\"\ntypedef int not_empty;\n")).unwrap();
-    run(standard.compiler().args(extra).arg("-c").arg("-o").arg(directory.path().join("alone.o")).arg(source));
+    run(standard
+        .compiler()
+        .args(extra)
+        .arg("-c")
+        .arg("-o")
+        .arg(directory.path().join("alone.o"))
+        .arg(source));
 }
 
 #[test]
@@ -69,7 +75,8 @@ fn declared() -> BTreeSet<String> {
 #[cfg(target_os = "linux")]
 #[test]
 fn the_shared_library_exports_the_header_and_nothing_else() {
-    let listing = run(Command::new("nm").args(["-D", "--defined-only", "--format=posix"]).arg(shared_library()));
+    let listing =
+        run(Command::new("nm").args(["-D", "--defined-only", "--format=posix"]).arg(shared_library()));
     let exported: BTreeSet<String> =
         listing.lines().filter_map(|line| line.split(' ').next()).map(str::to_owned).collect();
     let declared = declared();

@@ -36,7 +36,9 @@ impl Standard {
         };
         let name = std::env::var(variable).unwrap_or_else(|_| default.to_owned());
         if let Err(reason) = Command::new(&name).arg("--version").output() {
-            panic!("the C ABI tests need a compiler: cannot run `{name}` ({reason}); install one or set {variable}");
+            panic!(
+                "the C ABI tests need a compiler: cannot run `{name}` ({reason}); install one or set {variable}"
+            );
         }
         let mut command = Command::new(name);
         command.arg(self.flag()).args(WARNINGS).arg("-O1").arg("-I").arg(root().join("include"));
@@ -68,7 +70,8 @@ pub fn run(command: &mut Command) -> String {
 pub fn library(name: &str) -> PathBuf {
     let executable = std::env::current_exe().unwrap();
     let places = executable.ancestors().skip(1).take(2).map(|directory| directory.join(name));
-    let newest = places.filter(|path| path.exists()).max_by_key(|p| p.metadata().unwrap().modified().unwrap());
+    let newest =
+        places.filter(|path| path.exists()).max_by_key(|p| p.metadata().unwrap().modified().unwrap());
     newest.unwrap_or_else(|| panic!("{name} is not beside {}: run `cargo build` first", executable.display()))
 }
 
@@ -80,7 +83,13 @@ pub fn shared_library() -> PathBuf {
 /// Compiles `sources` (relative to the package) into `directory/name` and links the library.
 ///
 /// The shared library is found at run time by its SONAME alone, in a directory that holds nothing else.
-pub fn build(directory: &Path, name: &str, standard: Standard, linkage: Linkage, sources: &[&str]) -> PathBuf {
+pub fn build(
+    directory: &Path,
+    name: &str,
+    standard: Standard,
+    linkage: Linkage,
+    sources: &[&str],
+) -> PathBuf {
     let program = directory.join(format!("{name}-{linkage:?}"));
     let mut compiler = standard.compiler();
     compiler.arg("-o").arg(&program).args(sources.iter().map(|source| root().join(source)));
