@@ -16,6 +16,16 @@ fn kernels() -> Vec<Kernel> {
     let missing: Vec<_> = KernelKind::ALL.iter().filter(|k| !available().contains(k)).collect();
     println!("kernels run: {:?}; missing on this CPU: {} {missing:?}", available(), missing.len());
     assert!(found.iter().any(|k| k.kind() != KernelKind::Scalar), "only the oracle ran");
+    #[cfg(target_arch = "x86_64")]
+    {
+        let listed = |kind| available().contains(&kind);
+        let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        assert_eq!(listed(KernelKind::Avx2), avx2 && is_x86_feature_detected!("f16c"));
+        assert!(
+            listed(KernelKind::Avx512) || !is_x86_feature_detected!("avx512bw"),
+            "detection lost a kernel"
+        );
+    }
     found
 }
 

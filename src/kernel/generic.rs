@@ -104,13 +104,16 @@ unsafe fn total<V: Memory<f32>>(sums: [V; UNROLL]) -> f32 {
     lanes[0]
 }
 
-/// `(row . direction, row . row)`; the second is 0 unless `SQUARES`. The first has the same bits either way.
+/// `(row . direction, row . row)`, each 0 unless asked for. Their bits do not depend on what else is asked for.
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
 /// - `row` and `direction` have the same length.
 #[inline(always)]
-pub(super) unsafe fn reduce<V, T, const SQUARES: bool>(row: &[T], direction: &[f32]) -> (f32, f32)
+pub(super) unsafe fn reduce<V, T, const DOT: bool, const SQUARES: bool>(
+    row: &[T],
+    direction: &[f32],
+) -> (f32, f32)
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
@@ -124,8 +127,10 @@ where
         while at + UNROLL * V::LANES <= width {
             for k in 0..UNROLL {
                 let x = <V as Memory<T>>::load(h.add(at + k * V::LANES));
-                let y = <V as Memory<f32>>::load(u.add(at + k * V::LANES));
-                dots[k] = x.multiply_add(y, dots[k]);
+                if DOT {
+                    let y = <V as Memory<f32>>::load(u.add(at + k * V::LANES));
+                    dots[k] = x.multiply_add(y, dots[k]);
+                }
                 if SQUARES {
                     squares[k] = x.multiply_add(x, squares[k]);
                 }
@@ -137,15 +142,17 @@ where
             if at < width {
                 let count = V::LANES.min(width - at);
                 let x = load_part::<V, T>(h.add(at), count);
-                let y = load_part::<V, f32>(u.add(at), count);
-                dots[k] = x.multiply_add(y, dots[k]);
+                if DOT {
+                    let y = load_part::<V, f32>(u.add(at), count);
+                    dots[k] = x.multiply_add(y, dots[k]);
+                }
                 if SQUARES {
                     squares[k] = x.multiply_add(x, squares[k]);
                 }
                 at += count;
             }
         }
-        (total(dots), if SQUARES { total(squares) } else { 0.0 })
+        (total(dots), total(squares))
     }
 }
 
@@ -209,7 +216,7 @@ where
 {
     Ops {
         dot: dot::<T>,
-        dot_squares: reduce::<Portable, T, true>,
+        dot_squares: dot_squares::<T>,
         edit_peak: edit_peak::<Portable, T>,
         edit: edit::<Portable, T>,
     }
@@ -222,21 +229,31 @@ where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    unsafe { reduce::<Portable, T, false>(row, direction).0 }
+    unsafe { reduce::<Portable, T, true, false>(row, direction).0 }
+}
+
+/// Two passes: both sums at once need more registers than most targets have, and the compiler then gives up vectors.
+///
+/// # Safety
+/// As for [`reduce`].
+unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32]) -> (f32, f32)
+where
+    Portable: Memory<T>,
+{
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (dot, _) = reduce::<Portable, T, true, false>(row, direction);
+        let (_, squares) = reduce::<Portable, T, false, true>(row, direction);
+        (dot, squares)
+    }
 }
 
 /// Eight lanes in an array; every target has it.
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; 8]);
 
-impl Portable {
-    #[inline(always)]
-    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
-        Portable(std::array::from_fn(|i| f(self.0[i], other.0[i])))
-    }
-}
-
 // No instruction beyond the target's baseline is used, so the first rule of `# Safety` is void here.
+#[expect(clippy::needless_range_loop, reason = "zipped iterators keep bf16 rows from being vectorised")]
 impl Vector for Portable {
     const LANES: usize = 8;
 
@@ -248,22 +265,40 @@ impl Vector for Portable {
     // Two roundings: without the instruction a fused multiply-add would be a library call per element.
     #[inline(always)]
     unsafe fn multiply_add(self, other: Self, sum: Self) -> Self {
-        self.zip(other, |a, b| a * b).zip(sum, |product, s| s + product)
+        let mut out = sum.0;
+        for i in 0..8 {
+            out[i] += self.0[i] * other.0[i];
+        }
+        Portable(out)
     }
 
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| a + b)
+        let mut out = self.0;
+        for i in 0..8 {
+            out[i] += other.0[i];
+        }
+        Portable(out)
     }
 
     #[inline(always)]
     unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self {
-        self.zip(factor.zip(other, |a, b| a * b), |h, product| h - product)
+        let mut out = self.0;
+        for i in 0..8 {
+            out[i] -= factor.0[i] * other.0[i];
+        }
+        Portable(out)
     }
 
     #[inline(always)]
     unsafe fn max_abs(self, other: Self) -> Self {
-        self.zip(other, |a, b| a.abs().max(b))
+        let mut out = other.0;
+        for i in 0..8 {
+            // Not `f32::max`: its care for NaN would cost three instructions.
+            let size = self.0[i].abs();
+            out[i] = if size > out[i] { size } else { out[i] };
+        }
+        Portable(out)
     }
 }
 
@@ -302,13 +337,19 @@ impl Memory<f16> for Portable {
 impl Memory<bf16> for Portable {
     #[inline(always)]
     unsafe fn load(from: *const bf16) -> Self {
-        // SAFETY: the caller's pointer is good for 8 elements.
-        Portable(unsafe { from.cast::<[bf16; 8]>().read() }.map(bf16::to_f32))
+        // SAFETY: the caller's pointer is good for 8 elements, and bf16 is a u16 in memory.
+        let halves = unsafe { from.cast::<[u16; 8]>().read() };
+        Portable(halves.map(|bits| f32::from_bits(u32::from(bits) << 16)))
     }
 
+    // Ties to even, without the branch for NaN that a finite value does not need.
     #[inline(always)]
     unsafe fn store(self, to: *mut bf16) {
-        // SAFETY: the caller's pointer is good for 8 elements.
-        unsafe { to.cast::<[bf16; 8]>().write(self.0.map(bf16::from_f32)) }
+        let rounded = self.0.map(|value| {
+            let bits = value.to_bits();
+            (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
+        });
+        // SAFETY: as in `load`.
+        unsafe { to.cast::<[u16; 8]>().write(rounded) }
     }
 }

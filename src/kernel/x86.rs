@@ -49,7 +49,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, false>(row, direction).0 }
+                unsafe { generic::reduce::<$vector, T, true, false>(row, direction).0 }
             }
 
             /// # Safety
@@ -60,7 +60,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, true>(row, direction) }
+                unsafe { generic::reduce::<$vector, T, true, true>(row, direction) }
             }
 
             /// # Safety
