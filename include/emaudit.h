@@ -385,7 +385,7 @@ typedef int32_t emaudit_status;
 /**
  * How to open a direction file. Begin with `EMAUDIT_OPEN_OPTIONS_INIT`; NULL means the same.
  */
-typedef struct {
+typedef struct emaudit_open_options {
   /**
    * `sizeof(emaudit_open_options)`.
    */
@@ -413,7 +413,7 @@ typedef struct {
 /**
  * What a direction file says about itself. Begin with `EMAUDIT_DIRECTIONS_INFO_INIT`.
  */
-typedef struct {
+typedef struct emaudit_directions_info {
   /**
    * `sizeof(emaudit_directions_info)`.
    */
@@ -465,7 +465,7 @@ typedef struct {
  * `EMAUDIT_MODEL_IDENTITY_INIT` and fill in what the caller knows about its own model; the members marked
  * "hard" must all be given and equal.
  */
-typedef struct {
+typedef struct emaudit_model_identity {
   /**
    * `sizeof(emaudit_model_identity)`.
    */
@@ -516,7 +516,7 @@ typedef struct {
 /**
  * Calibration of one layer. Begin with `EMAUDIT_LAYER_INFO_INIT`.
  */
-typedef struct {
+typedef struct emaudit_layer_info {
   /**
    * `sizeof(emaudit_layer_info)`.
    */
@@ -542,7 +542,7 @@ typedef struct {
 /**
  * An alarm threshold that the calibration sample supports. Begin with `EMAUDIT_THRESHOLD_INIT`.
  */
-typedef struct {
+typedef struct emaudit_threshold {
   /**
    * `sizeof(emaudit_threshold)`.
    */
@@ -576,7 +576,7 @@ typedef struct {
 /**
  * How to make a probe. Begin with `EMAUDIT_PROBE_OPTIONS_INIT`; NULL means the same.
  */
-typedef struct {
+typedef struct emaudit_probe_options {
   /**
    * `sizeof(emaudit_probe_options)`.
    */
@@ -590,7 +590,7 @@ typedef struct {
 /**
  * What a probe is bound to. Begin with `EMAUDIT_PROBE_INFO_INIT`.
  */
-typedef struct {
+typedef struct emaudit_probe_info {
   /**
    * `sizeof(emaudit_probe_info)`.
    */
@@ -616,7 +616,7 @@ typedef struct {
  *
  * Begin with `EMAUDIT_TENSOR_INIT`. A call that only scores never writes through `data`.
  */
-typedef struct {
+typedef struct emaudit_tensor {
   /**
    * `sizeof(emaudit_tensor)`.
    */
@@ -646,7 +646,7 @@ typedef struct {
 /**
  * How to steer. Begin with `EMAUDIT_STEERING_OPTIONS_INIT` and set at least `operation`.
  */
-typedef struct {
+typedef struct emaudit_steering_options {
   /**
    * `sizeof(emaudit_steering_options)`.
    */
@@ -692,7 +692,7 @@ typedef struct {
 /**
  * What a steering call did. Begin with `EMAUDIT_STEER_REPORT_INIT`.
  */
-typedef struct {
+typedef struct emaudit_steer_report {
   /**
    * `sizeof(emaudit_steer_report)`.
    */
@@ -726,7 +726,7 @@ typedef struct {
 /**
  * What a monitor decides by. Begin with `EMAUDIT_MONITOR_OPTIONS_INIT` and set both members.
  */
-typedef struct {
+typedef struct emaudit_monitor_options {
   /**
    * `sizeof(emaudit_monitor_options)`.
    */
@@ -744,7 +744,7 @@ typedef struct {
 /**
  * What is known about a sequence. Begin with `EMAUDIT_VERDICT_INIT`, which reads as invalid.
  */
-typedef struct {
+typedef struct emaudit_verdict {
   /**
    * `sizeof(emaudit_verdict)`.
    */
@@ -842,7 +842,7 @@ const char *emaudit_status_name(emaudit_status status);
  * # Safety
  * `error` is NULL or an error that was not freed.
  */
-emaudit_status emaudit_error_status(const emaudit_error *error);
+emaudit_status emaudit_error_status(const struct emaudit_error *error);
 
 /**
  * What went wrong, in one English sentence for people (UTF-8, NUL-terminated); "" for NULL. It lives until
@@ -851,7 +851,7 @@ emaudit_status emaudit_error_status(const emaudit_error *error);
  * # Safety
  * `error` is NULL or an error that was not freed.
  */
-const char *emaudit_error_message(const emaudit_error *error);
+const char *emaudit_error_message(const struct emaudit_error *error);
 
 /**
  * Frees an error. NULL is fine.
@@ -859,7 +859,7 @@ const char *emaudit_error_message(const emaudit_error *error);
  * # Safety
  * `error` is NULL or an error that was not freed; it is not used afterwards.
  */
-void emaudit_error_free(emaudit_error *error);
+void emaudit_error_free(struct emaudit_error *error);
 
 /**
  * Lists the kernels this CPU can run, slowest first, so the best is the last.
@@ -875,7 +875,7 @@ void emaudit_error_free(emaudit_error *error);
 emaudit_status emaudit_kernel_list(uint32_t *kernels,
                                    size_t capacity,
                                    size_t *count,
-                                   emaudit_error **error);
+                                   struct emaudit_error **error);
 
 /**
  * The name of a kernel, such as "avx2"; "unknown" for a number this version does not have.
@@ -895,7 +895,7 @@ const char *emaudit_kernel_name(uint32_t kernel);
  */
 emaudit_status emaudit_kernel_from_name(const char *name,
                                         uint32_t *kernel,
-                                        emaudit_error **error);
+                                        struct emaudit_error **error);
 
 /**
  * Opens a direction file and checks all of it: container, digest, metadata. A flipped bit anywhere is an
@@ -914,9 +914,9 @@ emaudit_status emaudit_kernel_from_name(const char *name,
  * writing.
  */
 emaudit_status emaudit_directions_open(const char *path,
-                                       const emaudit_open_options *options,
-                                       emaudit_directions **directions,
-                                       emaudit_error **error);
+                                       const struct emaudit_open_options *options,
+                                       struct emaudit_directions **directions,
+                                       struct emaudit_error **error);
 
 /**
  * As `emaudit_directions_open`, from the `len` bytes of a file already in memory. They are copied; the
@@ -929,9 +929,9 @@ emaudit_status emaudit_directions_open(const char *path,
  */
 emaudit_status emaudit_directions_from_bytes(const uint8_t *bytes,
                                              size_t len,
-                                             const emaudit_open_options *options,
-                                             emaudit_directions **directions,
-                                             emaudit_error **error);
+                                             const struct emaudit_open_options *options,
+                                             struct emaudit_directions **directions,
+                                             struct emaudit_error **error);
 
 /**
  * Frees a handle. NULL is fine. Strings from `emaudit_directions_get_identity` end here; probes do not.
@@ -939,7 +939,7 @@ emaudit_status emaudit_directions_from_bytes(const uint8_t *bytes,
  * # Safety
  * `directions` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
  */
-void emaudit_directions_free(emaudit_directions *directions);
+void emaudit_directions_free(struct emaudit_directions *directions);
 
 /**
  * Describes the file.
@@ -950,9 +950,9 @@ void emaudit_directions_free(emaudit_directions *directions);
  * `directions` is a live handle; `info` is valid for the bytes its `struct_size` states; `error` is NULL or
  * valid for writing.
  */
-emaudit_status emaudit_directions_get_info(const emaudit_directions *directions,
-                                           emaudit_directions_info *info,
-                                           emaudit_error **error);
+emaudit_status emaudit_directions_get_info(const struct emaudit_directions *directions,
+                                           struct emaudit_directions_info *info,
+                                           struct emaudit_error **error);
 
 /**
  * Lists the layers that have a direction, ascending, 0-based.
@@ -966,11 +966,11 @@ emaudit_status emaudit_directions_get_info(const emaudit_directions *directions,
  * `directions` is a live handle; `layers` is valid for writing `capacity` elements, `count` for one; `error`
  * is NULL or valid for writing.
  */
-emaudit_status emaudit_directions_get_layers(const emaudit_directions *directions,
+emaudit_status emaudit_directions_get_layers(const struct emaudit_directions *directions,
                                              uint32_t *layers,
                                              size_t capacity,
                                              size_t *count,
-                                             emaudit_error **error);
+                                             struct emaudit_error **error);
 
 /**
  * Reads which model the directions were made for. The strings belong to `directions` and live as long as
@@ -982,9 +982,9 @@ emaudit_status emaudit_directions_get_layers(const emaudit_directions *direction
  * `directions` is a live handle; `identity` is valid for the bytes its `struct_size` states; `error` is NULL
  * or valid for writing.
  */
-emaudit_status emaudit_directions_get_identity(const emaudit_directions *directions,
-                                               emaudit_model_identity *identity,
-                                               emaudit_error **error);
+emaudit_status emaudit_directions_get_identity(const struct emaudit_directions *directions,
+                                               struct emaudit_model_identity *identity,
+                                               struct emaudit_error **error);
 
 /**
  * Compares the caller's model with the one the directions were made for. Do this before the first probe:
@@ -998,10 +998,10 @@ emaudit_status emaudit_directions_get_identity(const emaudit_directions *directi
  * `directions` is a live handle; `model` is valid for the bytes its `struct_size` states and its non-NULL
  * strings are NUL-terminated; `identity_match` is valid for writing; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_directions_check_model(const emaudit_directions *directions,
-                                              const emaudit_model_identity *model,
+emaudit_status emaudit_directions_check_model(const struct emaudit_directions *directions,
+                                              const struct emaudit_model_identity *model,
                                               uint32_t *identity_match,
-                                              emaudit_error **error);
+                                              struct emaudit_error **error);
 
 /**
  * Describes the calibration of one layer.
@@ -1012,10 +1012,10 @@ emaudit_status emaudit_directions_check_model(const emaudit_directions *directio
  * `directions` is a live handle; `info` is valid for the bytes its `struct_size` states; `error` is NULL or
  * valid for writing.
  */
-emaudit_status emaudit_directions_get_layer_info(const emaudit_directions *directions,
+emaudit_status emaudit_directions_get_layer_info(const struct emaudit_directions *directions,
                                                  uint32_t layer,
-                                                 emaudit_layer_info *info,
-                                                 emaudit_error **error);
+                                                 struct emaudit_layer_info *info,
+                                                 struct emaudit_error **error);
 
 /**
  * Reads the alarm threshold number `index` (0-based, below `threshold_count`) of a layer.
@@ -1026,11 +1026,11 @@ emaudit_status emaudit_directions_get_layer_info(const emaudit_directions *direc
  * `directions` is a live handle; `threshold` is valid for the bytes its `struct_size` states; `error` is
  * NULL or valid for writing.
  */
-emaudit_status emaudit_directions_get_threshold(const emaudit_directions *directions,
+emaudit_status emaudit_directions_get_threshold(const struct emaudit_directions *directions,
                                                 uint32_t layer,
                                                 uint32_t index,
-                                                emaudit_threshold *threshold,
-                                                emaudit_error **error);
+                                                struct emaudit_threshold *threshold,
+                                                struct emaudit_error **error);
 
 /**
  * Copies the two vectors of a layer: `direction` (not normalised, misaligned minus aligned) and
@@ -1043,12 +1043,12 @@ emaudit_status emaudit_directions_get_threshold(const emaudit_directions *direct
  * `directions` is a live handle; non-NULL vectors are valid for writing `width` floats and do not overlap;
  * `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_directions_copy_vectors(const emaudit_directions *directions,
+emaudit_status emaudit_directions_copy_vectors(const struct emaudit_directions *directions,
                                                uint32_t layer,
                                                float *direction,
                                                float *aligned_mean,
                                                size_t width,
-                                               emaudit_error **error);
+                                               struct emaudit_error **error);
 
 /**
  * Makes a probe for one layer.
@@ -1062,11 +1062,11 @@ emaudit_status emaudit_directions_copy_vectors(const emaudit_directions *directi
  * `directions` is a live handle; `options` is NULL or valid for the bytes its `struct_size` states; `probe`
  * is valid for writing; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_probe_new(const emaudit_directions *directions,
+emaudit_status emaudit_probe_new(const struct emaudit_directions *directions,
                                  uint32_t layer,
-                                 const emaudit_probe_options *options,
-                                 emaudit_probe **probe,
-                                 emaudit_error **error);
+                                 const struct emaudit_probe_options *options,
+                                 struct emaudit_probe **probe,
+                                 struct emaudit_error **error);
 
 /**
  * Frees a probe. NULL is fine. Steering and monitors made from it live on.
@@ -1074,7 +1074,7 @@ emaudit_status emaudit_probe_new(const emaudit_directions *directions,
  * # Safety
  * `probe` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
  */
-void emaudit_probe_free(emaudit_probe *probe);
+void emaudit_probe_free(struct emaudit_probe *probe);
 
 /**
  * Describes a probe.
@@ -1085,9 +1085,9 @@ void emaudit_probe_free(emaudit_probe *probe);
  * `probe` is a live handle; `info` is valid for the bytes its `struct_size` states; `error` is NULL or valid
  * for writing.
  */
-emaudit_status emaudit_probe_get_info(const emaudit_probe *probe,
-                                      emaudit_probe_info *info,
-                                      emaudit_error **error);
+emaudit_status emaudit_probe_get_info(const struct emaudit_probe *probe,
+                                      struct emaudit_probe_info *info,
+                                      struct emaudit_error **error);
 
 /**
  * Scores rows.
@@ -1106,12 +1106,12 @@ emaudit_status emaudit_probe_get_info(const emaudit_probe *probe,
  * memory; `scores` and a non-NULL `row_status` are valid for writing `rows->rows` elements; `error` is NULL
  * or valid for writing.
  */
-emaudit_status emaudit_probe_score(const emaudit_probe *probe,
-                                   const emaudit_tensor *rows,
+emaudit_status emaudit_probe_score(const struct emaudit_probe *probe,
+                                   const struct emaudit_tensor *rows,
                                    uint32_t unit,
                                    float *scores,
                                    uint8_t *row_status,
-                                   emaudit_error **error);
+                                   struct emaudit_error **error);
 
 /**
  * The documented bound on the rounding error of one score in activation units (`EMAUDIT_UNIT_RAW`), for a
@@ -1123,10 +1123,10 @@ emaudit_status emaudit_probe_score(const emaudit_probe *probe,
  * # Safety
  * `probe` is a live handle; `bound` is valid for writing; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_probe_error_bound(const emaudit_probe *probe,
+emaudit_status emaudit_probe_error_bound(const struct emaudit_probe *probe,
                                          double row_norm,
                                          double *bound,
-                                         emaudit_error **error);
+                                         struct emaudit_error **error);
 
 /**
  * Makes a steering handle from a probe.
@@ -1141,10 +1141,10 @@ emaudit_status emaudit_probe_error_bound(const emaudit_probe *probe,
  * `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `steering` is valid
  * for writing; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_steering_new(const emaudit_probe *probe,
-                                    const emaudit_steering_options *options,
-                                    emaudit_steering **steering,
-                                    emaudit_error **error);
+emaudit_status emaudit_steering_new(const struct emaudit_probe *probe,
+                                    const struct emaudit_steering_options *options,
+                                    struct emaudit_steering **steering,
+                                    struct emaudit_error **error);
 
 /**
  * Frees a steering handle. NULL is fine.
@@ -1152,7 +1152,7 @@ emaudit_status emaudit_steering_new(const emaudit_probe *probe,
  * # Safety
  * `steering` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
  */
-void emaudit_steering_free(emaudit_steering *steering);
+void emaudit_steering_free(struct emaudit_steering *steering);
 
 /**
  * Edits rows in place.
@@ -1173,12 +1173,12 @@ void emaudit_steering_free(emaudit_steering *steering);
  * that is writable and that no other thread uses; non-NULL arrays are valid for `rows->rows` elements and
  * `report` for the bytes its `struct_size` states; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_steering_apply(const emaudit_steering *steering,
-                                      const emaudit_tensor *rows,
+emaudit_status emaudit_steering_apply(const struct emaudit_steering *steering,
+                                      const struct emaudit_tensor *rows,
                                       const float *strengths,
                                       uint8_t *row_status,
-                                      emaudit_steer_report *report,
-                                      emaudit_error **error);
+                                      struct emaudit_steer_report *report,
+                                      struct emaudit_error **error);
 
 /**
  * Scores every row as it is and then edits it, in one pass over each row. It gives the same bits as
@@ -1193,14 +1193,14 @@ emaudit_status emaudit_steering_apply(const emaudit_steering *steering,
  * # Safety
  * As `emaudit_steering_apply`; `scores` is valid for writing `rows->rows` elements.
  */
-emaudit_status emaudit_steering_score_and_apply(const emaudit_steering *steering,
-                                                const emaudit_tensor *rows,
+emaudit_status emaudit_steering_score_and_apply(const struct emaudit_steering *steering,
+                                                const struct emaudit_tensor *rows,
                                                 uint32_t unit,
                                                 float *scores,
                                                 const float *strengths,
                                                 uint8_t *row_status,
-                                                emaudit_steer_report *report,
-                                                emaudit_error **error);
+                                                struct emaudit_steer_report *report,
+                                                struct emaudit_error **error);
 
 /**
  * Makes a monitor for one sequence.
@@ -1215,10 +1215,10 @@ emaudit_status emaudit_steering_score_and_apply(const emaudit_steering *steering
  * `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `monitor` is valid
  * for writing; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_monitor_new(const emaudit_probe *probe,
-                                   const emaudit_monitor_options *options,
-                                   emaudit_monitor **monitor,
-                                   emaudit_error **error);
+emaudit_status emaudit_monitor_new(const struct emaudit_probe *probe,
+                                   const struct emaudit_monitor_options *options,
+                                   struct emaudit_monitor **monitor,
+                                   struct emaudit_error **error);
 
 /**
  * Frees a monitor. NULL is fine.
@@ -1226,7 +1226,7 @@ emaudit_status emaudit_monitor_new(const emaudit_probe *probe,
  * # Safety
  * `monitor` is NULL or a handle that was not freed; it is not used again.
  */
-void emaudit_monitor_free(emaudit_monitor *monitor);
+void emaudit_monitor_free(struct emaudit_monitor *monitor);
 
 /**
  * Adds the scores of the next `count` tokens, in `EMAUDIT_UNIT_ALIGNED_SD`. Token 1 of a sequence is the
@@ -1242,10 +1242,10 @@ void emaudit_monitor_free(emaudit_monitor *monitor);
  * `monitor` is a live handle that no other thread uses; `scores` is valid for reading `count` floats;
  * `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_monitor_push(emaudit_monitor *monitor,
+emaudit_status emaudit_monitor_push(struct emaudit_monitor *monitor,
                                     const float *scores,
                                     size_t count,
-                                    emaudit_error **error);
+                                    struct emaudit_error **error);
 
 /**
  * Reads the verdict on the tokens so far. It may be read after every push.
@@ -1257,9 +1257,9 @@ emaudit_status emaudit_monitor_push(emaudit_monitor *monitor,
  * `monitor` is a live handle that no other thread changes; `verdict` is valid for the bytes its
  * `struct_size` states; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_monitor_get_verdict(const emaudit_monitor *monitor,
-                                           emaudit_verdict *verdict,
-                                           emaudit_error **error);
+emaudit_status emaudit_monitor_get_verdict(const struct emaudit_monitor *monitor,
+                                           struct emaudit_verdict *verdict,
+                                           struct emaudit_error **error);
 
 /**
  * Forgets the sequence, so that the monitor can follow the next one.
@@ -1269,8 +1269,8 @@ emaudit_status emaudit_monitor_get_verdict(const emaudit_monitor *monitor,
  * # Safety
  * `monitor` is a live handle that no other thread uses; `error` is NULL or valid for writing.
  */
-emaudit_status emaudit_monitor_reset(emaudit_monitor *monitor,
-                                     emaudit_error **error);
+emaudit_status emaudit_monitor_reset(struct emaudit_monitor *monitor,
+                                     struct emaudit_error **error);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -11,7 +11,7 @@
 //! - Failures are `rust::Error` exceptions (`#include "rust/cxx.h"` to catch them by name); `what()` begins with the name of the status, such as
 //!   `NonFinite: 1 row(s) hold ...`.
 //! - Rows are contiguous: `rows.size()` is `scores.size() * width`. A `status` slice has one element per row
-//!   (`RowStatus` as a number) or is empty when it is not wanted.
+//!   (`RowStatus` as a number) or is empty when it is not wanted; with one the call allocates.
 //! - `NonFinite` is thrown after all rows were done: scores and statuses were written, bad rows are NaN,
 //!   flagged and untouched. Every other exception leaves all arguments as they were.
 //! - Const member functions may be called from several threads at once; a `Monitor` belongs to one thread.
