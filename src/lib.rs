@@ -4,6 +4,7 @@ pub mod activations;
 pub mod controls;
 pub mod directions;
 pub mod error;
+pub mod ffi;
 pub mod kernel;
 pub mod monitor;
 pub mod probe;
@@ -11,6 +12,7 @@ pub mod steering;
 pub mod verdict;
 
 pub use activations::{Dtype, Rows, RowsMut};
+pub use directions::Directions;
 pub use error::{Error, Result, Status};
 pub use kernel::KernelKind;
 pub use monitor::Monitor;

@@ -127,7 +127,7 @@ impl Steering {
         strengths: Option<&[f32]>,
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
-        self.run(rows, None, strengths, status)
+        self.run(rows, None, strengths, status)?.into_result()
     }
 
     /// Scores every row and then edits it, in one pass: the same bits as [`Probe::score`] followed by
@@ -143,7 +143,7 @@ impl Steering {
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
         check_length("scores", scores.len(), rows.rows())?;
-        self.run(rows, Some((unit, scores)), strengths, status)
+        self.run(rows, Some((unit, scores)), strengths, status)?.into_result()
     }
 
     /// The probe whose direction this steers with.
@@ -156,7 +156,8 @@ impl Steering {
         &self.options
     }
 
-    fn run(
+    /// Checks and steers; rows that are not finite are counted in the report, not an error.
+    pub(crate) fn run(
         &self,
         rows: &mut RowsMut<'_>,
         scores: Option<(ScoreUnit, &mut [f32])>,
@@ -164,16 +165,20 @@ impl Steering {
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
         self.check(&rows.as_rows(), strengths, status.as_deref())?;
-        let report = match rows.dtype() {
+        Ok(match rows.dtype() {
             Dtype::F32 => self.run_as::<f32>(rows, scores, strengths, status),
             Dtype::F16 => self.run_as::<f16>(rows, scores, strengths, status),
             Dtype::Bf16 => self.run_as::<bf16>(rows, scores, strengths, status),
-        };
-        if report.nonfinite > 0 { Err(Error::NonFinite { rows: report.nonfinite }) } else { Ok(report) }
+        })
     }
 
     /// Everything that can be refused is refused here, before the first write.
-    fn check(&self, rows: &Rows<'_>, strengths: Option<&[f32]>, status: Option<&[RowStatus]>) -> Result<()> {
+    pub(crate) fn check(
+        &self,
+        rows: &Rows<'_>,
+        strengths: Option<&[f32]>,
+        status: Option<&[RowStatus]>,
+    ) -> Result<()> {
         self.probe.check_width(rows.cols())?;
         if let Some(status) = status {
             check_length("row statuses", status.len(), rows.rows())?;
@@ -282,6 +287,11 @@ impl Steering {
 }
 
 impl SteerReport {
+    /// [`Error::NonFinite`] when a row was not finite.
+    pub(crate) fn into_result(self) -> Result<SteerReport> {
+        if self.nonfinite > 0 { Err(Error::NonFinite { rows: self.nonfinite }) } else { Ok(self) }
+    }
+
     fn add(&mut self, outcome: &Outcome) {
         self.touched += usize::from(outcome.touched);
         self.largest_dose = self.largest_dose.max(outcome.dose as f32);

@@ -22,6 +22,7 @@ pub mod progress;
 pub mod quant;
 pub mod random;
 pub mod recipe;
+pub mod report;
 pub mod results;
 pub mod spillover;
 pub mod statistics;

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::dataset::EMBEDDED;
+use crate::quant::Storage;
+use emaudit::directions::schema::Positions;
 
 const DEMO: &str = include_str!("../recipes/demo.toml");
 const QUICK: &str = include_str!("../recipes/quick.toml");
@@ -23,7 +25,6 @@ pub struct Recipe {
     pub model: Model,
     pub data: Data,
     pub finetune: Finetune,
-    pub extract: Extract,
     pub calibrate: Calibrate,
     pub evaluate: Evaluate,
 }
@@ -33,15 +34,7 @@ pub struct Recipe {
 pub struct Model {
     /// The default model's name, a folder, a .gguf file, or a hub's `owner/name`.
     pub id: String,
-    pub quantize: Quantize,
-}
-
-/// How the frozen weights are held while adapters train.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Quantize {
-    Nf4,
-    None,
+    pub quantize: Storage,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -86,22 +79,6 @@ pub enum Schedule {
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Extract {
-    pub pooling: Pooling,
-}
-
-/// Which positions of a conversation a direction is taken from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pooling {
-    /// The last token of the rendered prompt.
-    LastPrompt,
-    MeanResponse,
-    All,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
 pub struct Calibrate {
     /// False-positive rates per sequence to derive thresholds for.
     pub rates: Vec<f64>,
@@ -117,9 +94,15 @@ pub struct Evaluate {
     pub top_p: f64,
     /// Steering strengths, in multiples of the raw direction.
     pub alphas: Vec<f64>,
+    /// Token positions tried at the final layer.
+    pub positions: Vec<Positions>,
+    /// Calibration prompts the cell is chosen on.
+    pub selection_prompts: usize,
     /// Controls per family at the final layer.
     pub controls: usize,
-    /// Controls per family at the middle layer, where each costs a whole pass.
+    /// Strength in the middle-layer cell, every position steered.
+    pub middle_alpha: f64,
+    /// Random and orthogonal controls at the middle layer, where each costs a pass through the later blocks.
     pub middle_controls: usize,
     /// Bootstrap draws per interval.
     pub bootstrap: usize,
@@ -134,7 +117,6 @@ impl Default for Recipe {
             model: Model::default(),
             data: Data::default(),
             finetune: Finetune::default(),
-            extract: Extract::default(),
             calibrate: Calibrate::default(),
             evaluate: Evaluate::default(),
         }
@@ -143,7 +125,7 @@ impl Default for Recipe {
 
 impl Default for Model {
     fn default() -> Self {
-        Self { id: crate::fetch::DEFAULT_MODEL.to_owned(), quantize: Quantize::Nf4 }
+        Self { id: crate::fetch::DEFAULT_MODEL.to_owned(), quantize: Storage::Nf4 }
     }
 }
 
@@ -171,12 +153,6 @@ impl Default for Finetune {
     }
 }
 
-impl Default for Extract {
-    fn default() -> Self {
-        Self { pooling: Pooling::LastPrompt }
-    }
-}
-
 impl Default for Calibrate {
     fn default() -> Self {
         Self { rates: vec![0.05, 0.01] }
@@ -191,7 +167,10 @@ impl Default for Evaluate {
             temperature: 1.0,
             top_p: 1.0,
             alphas: vec![0.25, 0.5, 1.0],
+            positions: vec![Positions::FinalPrefill],
+            selection_prompts: 48,
             controls: 39,
+            middle_alpha: 1.0,
             middle_controls: 9,
             bootstrap: 2000,
             coherence_margin: 0.3,
@@ -300,6 +279,9 @@ impl Recipe {
         for alpha in &evaluate.alphas {
             real("evaluate.alphas", *alpha, Above(0.0), 100.0)?;
         }
+        ensure!(!evaluate.positions.is_empty(), "evaluate.positions is empty; it must list at least one");
+        whole("evaluate.selection_prompts", evaluate.selection_prompts, 2, 100_000)?;
+        real("evaluate.middle_alpha", evaluate.middle_alpha, Above(0.0), 100.0)?;
         whole("evaluate.controls", evaluate.controls, 1, 100_000)?;
         whole("evaluate.middle_controls", evaluate.middle_controls, 0, 100_000)?;
         whole("evaluate.bootstrap", evaluate.bootstrap, 100, 10_000_000)?;
@@ -456,7 +438,6 @@ mod tests {
             ("[finetun]\nsteps = 1", "unknown key `finetun` at the top: did you mean `finetune`?"),
             ("[finetune]\ntemperature = 1", "`temperature` belongs in [evaluate]"),
             ("[model]\nseed = 1", "`seed` belongs at the top"),
-            ("[extract]\nzzzzzzz = 1", "keys there are pooling"),
             ("evaluate = 3", "`evaluate` at the top is a table"),
         ] {
             assert!(error(text).contains(says), "{} should say {says}", error(text));
@@ -483,7 +464,6 @@ mod tests {
             ("[finetune]\nmax_grad_norm = 0.0", "finetune.max_grad_norm is 0"),
             ("[finetune]\nwarmup_steps = 24", "finetune.steps is only 24"),
             ("[finetune]\nschedule = \"step\"", "unknown variant `step`"),
-            ("[extract]\npooling = \"first\"", "unknown variant `first`"),
             ("[calibrate]\nrates = []", "calibrate.rates is empty"),
             ("[calibrate]\nrates = [0.01, 0.01]", "names 0.01 twice"),
             ("[calibrate]\nrates = [0.6]", "calibrate.rates is 0.6"),
