@@ -9,5 +9,6 @@ pub mod model;
 pub mod quant;
 pub mod random;
 pub mod recipe;
+pub mod report;
 pub mod results;
 pub mod store;
