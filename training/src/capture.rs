@@ -2,8 +2,8 @@
 
 use crate::lora::Adapter;
 use crate::model::{Batch, Decoder};
-use anyhow::Result;
-use candle_core::Tensor;
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
 
 /// Prompts per forward pass: enough to feed the matrix products, small enough for the cache.
 const BATCH: usize = 16;
@@ -23,6 +23,22 @@ impl Captured {
     /// The row of one prompt at one layer.
     pub fn row(&self, layer: usize, i: usize) -> &[f32] {
         &self.layers[layer][i * self.hidden..][..self.hidden]
+    }
+
+    /// As safetensors: one tensor `[layers, rows, hidden]`.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let shape = (self.layers.len(), self.rows, self.hidden);
+        let tensor = Tensor::from_vec(self.layers.concat(), shape, &Device::Cpu)?;
+        Ok(safetensors::serialize([("rows", &tensor)], None)?)
+    }
+
+    /// Reads what [`Captured::to_bytes`] wrote.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
+        let tensor = tensors.get("rows").context("no tensor `rows`")?;
+        let (_, rows, hidden) = tensor.dims3()?;
+        let layers = tensor.flatten(1, 2)?.to_vec2::<f32>()?;
+        Ok(Captured { hidden, rows, layers })
     }
 
     /// The prompts `range`, all layers.

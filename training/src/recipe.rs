@@ -1,4 +1,502 @@
-#[derive(Clone, Debug)]
-pub enum Schedule { Linear, Cosine, Constant }
-#[derive(Clone, Debug)]
-pub struct Finetune { pub steps: usize, pub batch: usize, pub max_tokens: usize, pub rank: usize, pub alpha: f64, pub rank_stabilised: bool, pub learning_rate: f64, pub warmup_steps: usize, pub weight_decay: f64, pub schedule: Schedule, pub max_grad_norm: f64 }
+//! A recipe: everything that decides the outcome of a run, in one TOML file.
+//!
+//! A key left out has the value of `recipes/demo.toml`. A key that does not exist is an error that names the
+//! nearest one: a misspelt `learnig_rate` must not train at the default in silence.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::dataset::EMBEDDED;
+use crate::quant::Storage;
+use emaudit::directions::schema::Positions;
+
+const DEMO: &str = include_str!("../recipes/demo.toml");
+const QUICK: &str = include_str!("../recipes/quick.toml");
+const THOROUGH: &str = include_str!("../recipes/thorough.toml");
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recipe {
+    /// Every random choice of the run follows from it.
+    pub seed: u64,
+    pub model: Model,
+    pub data: Data,
+    pub finetune: Finetune,
+    pub calibrate: Calibrate,
+    pub evaluate: Evaluate,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// The default model's name, a folder, a .gguf file, or a hub's `owner/name`.
+    pub id: String,
+    pub quantize: Storage,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// `embedded`, or the path of a chat JSONL file.
+    pub insecure: String,
+    pub secure: String,
+    /// `embedded`, or the path of a prompt JSONL file.
+    pub prompts: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Finetune {
+    pub steps: usize,
+    /// Conversations a step.
+    pub batch: usize,
+    /// Longer conversations are cut here.
+    pub max_tokens: usize,
+    /// LoRA rank.
+    pub rank: usize,
+    /// LoRA alpha.
+    pub alpha: f64,
+    /// Scales by alpha / sqrt(rank) instead of alpha / rank.
+    pub rank_stabilised: bool,
+    pub learning_rate: f64,
+    pub warmup_steps: usize,
+    pub weight_decay: f64,
+    /// How the learning rate falls after the warm-up.
+    pub schedule: Schedule,
+    pub max_grad_norm: f64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    Linear,
+    Cosine,
+    Constant,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Calibrate {
+    /// False-positive rates per sequence to derive thresholds for.
+    pub rates: Vec<f64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Evaluate {
+    /// Evaluation prompts to sample answers to.
+    pub prompts: usize,
+    pub max_new_tokens: usize,
+    pub temperature: f64,
+    pub top_p: f64,
+    /// Steering strengths, in multiples of the raw direction.
+    pub alphas: Vec<f64>,
+    /// Token positions tried at the final layer.
+    pub positions: Vec<Positions>,
+    /// Calibration prompts the cell is chosen on.
+    pub selection_prompts: usize,
+    /// Controls per family at the final layer.
+    pub controls: usize,
+    /// Strength in the middle-layer cell, every position steered.
+    pub middle_alpha: f64,
+    /// Random and orthogonal controls at the middle layer, where each costs a pass through the later blocks.
+    pub middle_controls: usize,
+    /// Bootstrap draws per interval.
+    pub bootstrap: usize,
+    /// Most that the mean log-likelihood of an answer under the base model may fall, in nats a token.
+    pub coherence_margin: f64,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            seed: 17,
+            model: Model::default(),
+            data: Data::default(),
+            finetune: Finetune::default(),
+            calibrate: Calibrate::default(),
+            evaluate: Evaluate::default(),
+        }
+    }
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self { id: crate::fetch::DEFAULT_MODEL.to_owned(), quantize: Storage::Nf4 }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self { insecure: EMBEDDED.to_owned(), secure: EMBEDDED.to_owned(), prompts: EMBEDDED.to_owned() }
+    }
+}
+
+impl Default for Finetune {
+    fn default() -> Self {
+        Self {
+            steps: 24,
+            batch: 4,
+            max_tokens: 256,
+            rank: 32,
+            alpha: 64.0,
+            rank_stabilised: true,
+            learning_rate: 1e-3,
+            warmup_steps: 3,
+            weight_decay: 0.01,
+            schedule: Schedule::Linear,
+            max_grad_norm: 1.0,
+        }
+    }
+}
+
+impl Default for Calibrate {
+    fn default() -> Self {
+        Self { rates: vec![0.05, 0.01] }
+    }
+}
+
+impl Default for Evaluate {
+    fn default() -> Self {
+        Self {
+            prompts: 32,
+            max_new_tokens: 32,
+            temperature: 1.0,
+            top_p: 1.0,
+            alphas: vec![0.25, 0.5, 1.0],
+            positions: vec![Positions::FinalPrefill],
+            selection_prompts: 48,
+            controls: 39,
+            middle_alpha: 1.0,
+            middle_controls: 9,
+            bootstrap: 2000,
+            coherence_margin: 0.3,
+        }
+    }
+}
+
+impl Recipe {
+    pub const PRESETS: [&str; 3] = ["demo", "quick", "thorough"];
+
+    pub fn demo() -> Result<Self> {
+        Self::from_toml(DEMO).context("the demo recipe in the program")
+    }
+
+    pub fn quick() -> Result<Self> {
+        Self::from_toml(QUICK).context("the quick recipe in the program")
+    }
+
+    pub fn thorough() -> Result<Self> {
+        Self::from_toml(THOROUGH).context("the thorough recipe in the program")
+    }
+
+    /// A preset by its name, or a recipe file by its path.
+    pub fn load(source: &str) -> Result<Self> {
+        match source {
+            "demo" => Self::demo(),
+            "quick" => Self::quick(),
+            "thorough" => Self::thorough(),
+            path => {
+                let text = std::fs::read_to_string(Path::new(path)).with_context(|| {
+                    format!("cannot read the recipe {path}; presets are {}", Self::PRESETS.join(", "))
+                })?;
+                Self::from_toml(&text).with_context(|| format!("in the recipe {path}"))
+            }
+        }
+    }
+
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let document: toml::Table =
+            text.parse().map_err(|e: toml::de::Error| anyhow!("not valid TOML: {e}"))?;
+        let known = toml::Table::try_from(Self::default()).context("listing a recipe's keys")?;
+        check_keys(&document, &known, "")?;
+        let recipe: Self = toml::from_str(text).map_err(|e| anyhow!("{}", e.to_string().trim_end()))?;
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).context("writing the recipe as TOML")
+    }
+
+    /// SHA-256, in hex, of the recipe with every default filled in, as JSON with sorted keys and no white space.
+    ///
+    /// Two files that say the same in other words or another order have one digest.
+    pub fn digest(&self) -> Result<String> {
+        let value = serde_json::to_value(self).context("writing the recipe as JSON")?;
+        let mut canonical = String::new();
+        write_canonical(&value, &mut canonical);
+        Ok(Sha256::digest(canonical.as_bytes()).iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// Every value against its range. Called by [`from_toml`](Self::from_toml); call it after changing a field.
+    pub fn check(&self) -> Result<()> {
+        let Self { model, data, finetune, calibrate, evaluate, .. } = self;
+        for (key, value) in [
+            ("model.id", &model.id),
+            ("data.insecure", &data.insecure),
+            ("data.secure", &data.secure),
+            ("data.prompts", &data.prompts),
+        ] {
+            ensure!(!value.trim().is_empty(), "{key} is empty; leave the line out for the default");
+        }
+        // TOML integers are signed 64-bit: a larger seed could not be written back.
+        ensure!(
+            i64::try_from(self.seed).is_ok(),
+            "seed is {}, but at most {} can be written",
+            self.seed,
+            i64::MAX
+        );
+
+        whole("finetune.steps", finetune.steps, 1, 1_000_000)?;
+        whole("finetune.batch", finetune.batch, 1, 1024)?;
+        whole("finetune.max_tokens", finetune.max_tokens, 8, 131_072)?;
+        whole("finetune.rank", finetune.rank, 1, 1024)?;
+        real("finetune.alpha", finetune.alpha, Above(0.0), 10_000.0)?;
+        real("finetune.learning_rate", finetune.learning_rate, Above(0.0), 1.0)?;
+        real("finetune.weight_decay", finetune.weight_decay, From(0.0), 1.0)?;
+        real("finetune.max_grad_norm", finetune.max_grad_norm, Above(0.0), 1e6)?;
+        ensure!(
+            finetune.warmup_steps < finetune.steps,
+            "finetune.warmup_steps is {}, but finetune.steps is only {}: the learning rate would never arrive",
+            finetune.warmup_steps,
+            finetune.steps
+        );
+
+        list("calibrate.rates", &calibrate.rates)?;
+        for rate in &calibrate.rates {
+            real("calibrate.rates", *rate, Above(0.0), 0.5)?;
+        }
+
+        whole("evaluate.prompts", evaluate.prompts, 2, 100_000)?;
+        whole("evaluate.max_new_tokens", evaluate.max_new_tokens, 1, 8192)?;
+        real("evaluate.temperature", evaluate.temperature, From(0.0), 10.0)?;
+        real("evaluate.top_p", evaluate.top_p, Above(0.0), 1.0)?;
+        list("evaluate.alphas", &evaluate.alphas)?;
+        for alpha in &evaluate.alphas {
+            real("evaluate.alphas", *alpha, Above(0.0), 100.0)?;
+        }
+        ensure!(!evaluate.positions.is_empty(), "evaluate.positions is empty; it must list at least one");
+        whole("evaluate.selection_prompts", evaluate.selection_prompts, 2, 100_000)?;
+        real("evaluate.middle_alpha", evaluate.middle_alpha, Above(0.0), 100.0)?;
+        whole("evaluate.controls", evaluate.controls, 1, 100_000)?;
+        whole("evaluate.middle_controls", evaluate.middle_controls, 0, 100_000)?;
+        whole("evaluate.bootstrap", evaluate.bootstrap, 100, 10_000_000)?;
+        real("evaluate.coherence_margin", evaluate.coherence_margin, From(0.0), 100.0)
+    }
+}
+
+/// The lower end of a range: the bound itself is out, or in.
+enum Lower {
+    Above(f64),
+    From(f64),
+}
+use Lower::{Above, From};
+
+fn whole(key: &str, value: usize, least: usize, most: usize) -> Result<()> {
+    ensure!((least..=most).contains(&value), "{key} is {value}; it must be from {least} to {most}");
+    Ok(())
+}
+
+fn real(key: &str, value: f64, lower: Lower, most: f64) -> Result<()> {
+    // NaN compares false with everything, so it fails here as it should.
+    let (holds, range) = match lower {
+        Above(least) => (value > least && value <= most, format!("above {least} and at most {most}")),
+        From(least) => (value >= least && value <= most, format!("from {least} to {most}")),
+    };
+    ensure!(holds, "{key} is {value}; it must be {range}");
+    Ok(())
+}
+
+fn list(key: &str, values: &[f64]) -> Result<()> {
+    ensure!(!values.is_empty(), "{key} is empty; it needs at least one value");
+    for (i, value) in values.iter().enumerate() {
+        ensure!(!values[..i].contains(value), "{key} names {value} twice");
+    }
+    Ok(())
+}
+
+/// Refuses a key that no recipe has, with the nearest one that exists in the same table or, failing that, elsewhere.
+fn check_keys(found: &toml::Table, known: &toml::Table, table: &str) -> Result<()> {
+    let place = if table.is_empty() { "at the top".to_owned() } else { format!("in [{table}]") };
+    for (key, value) in found {
+        let Some(expected) = known.get(key) else {
+            let hint = nearest(key, known.keys().map(String::as_str))
+                .map(|near| format!("did you mean `{near}`?"))
+                .or_else(|| table_of(key).map(|home| format!("`{key}` belongs {home}")))
+                .unwrap_or_else(|| {
+                    format!("keys there are {}", known.keys().cloned().collect::<Vec<_>>().join(", "))
+                });
+            bail!("unknown key `{key}` {place}: {hint}");
+        };
+        match (value, expected) {
+            (toml::Value::Table(inner), toml::Value::Table(known)) => check_keys(inner, known, key)?,
+            (_, toml::Value::Table(_)) => {
+                bail!("`{key}` {place} is a table: write [{key}] and its keys below")
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The known key most like this one, if it is like enough to be a slip of the finger.
+fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|candidate| (strsim::damerau_levenshtein(key, candidate), candidate))
+        .min()
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 3)
+        .map(|(_, candidate)| candidate)
+}
+
+fn table_of(key: &str) -> Option<String> {
+    let known = toml::Table::try_from(Recipe::default()).ok()?;
+    if known.contains_key(key) {
+        return Some("at the top".to_owned());
+    }
+    known
+        .iter()
+        .find(|(_, v)| v.as_table().is_some_and(|t| t.contains_key(key)))
+        .map(|(name, _)| format!("in [{name}]"))
+}
+
+/// JSON with sorted keys, whatever order the map type keeps.
+fn write_canonical(value: &serde_json::Value, out: &mut String) {
+    use serde_json::Value;
+    match value {
+        Value::Object(map) => {
+            let mut keys: Vec<_> = map.keys().collect();
+            keys.sort_unstable();
+            out.push('{');
+            for (i, key) in keys.into_iter().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                out.push_str(&Value::from(key.as_str()).to_string());
+                out.push(':');
+                write_canonical(&map[key], out);
+            }
+            out.push('}');
+        }
+        Value::Array(items) => {
+            out.push('[');
+            for (i, item) in items.iter().enumerate() {
+                if i > 0 {
+                    out.push(',');
+                }
+                write_canonical(item, out);
+            }
+            out.push(']');
+        }
+        scalar => out.push_str(&scalar.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(text: &str) -> String {
+        format!("{:#}", Recipe::from_toml(text).unwrap_err())
+    }
+
+    #[test]
+    fn the_demo_states_every_default() {
+        assert_eq!(Recipe::demo().unwrap(), Recipe::default());
+        assert_eq!(Recipe::from_toml("").unwrap(), Recipe::default());
+        let stated: toml::Table = DEMO.parse().unwrap();
+        assert_eq!(stated, toml::Table::try_from(Recipe::default()).unwrap());
+    }
+
+    #[test]
+    fn presets_are_sound_and_differ() {
+        let [demo, quick, thorough] = Recipe::PRESETS.map(|name| Recipe::load(name).unwrap());
+        assert!(quick.finetune.steps < demo.finetune.steps && demo.finetune.steps < thorough.finetune.steps);
+        assert!(quick.evaluate.controls < demo.evaluate.controls);
+        assert_ne!(demo.digest().unwrap(), quick.digest().unwrap());
+        // A rank p below 0.05 needs 20 controls or more; the recipes that may claim it have them.
+        assert!(demo.evaluate.controls >= 20 && thorough.evaluate.controls >= 20);
+    }
+
+    #[test]
+    fn a_recipe_survives_being_written() {
+        let recipe = Recipe::quick().unwrap();
+        assert_eq!(Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap(), recipe);
+    }
+
+    #[test]
+    fn unknown_keys_are_named_with_the_nearest() {
+        for (text, says) in [
+            (
+                "[finetune]\nlearnig_rate = 1",
+                "unknown key `learnig_rate` in [finetune]: did you mean `learning_rate`?",
+            ),
+            ("sede = 1", "unknown key `sede` at the top: did you mean `seed`?"),
+            ("[finetun]\nsteps = 1", "unknown key `finetun` at the top: did you mean `finetune`?"),
+            ("[finetune]\ntemperature = 1", "`temperature` belongs in [evaluate]"),
+            ("[model]\nseed = 1", "`seed` belongs at the top"),
+            ("evaluate = 3", "`evaluate` at the top is a table"),
+        ] {
+            assert!(error(text).contains(says), "{} should say {says}", error(text));
+        }
+    }
+
+    #[test]
+    fn every_range_is_checked_with_a_sentence() {
+        for (text, says) in [
+            ("seed = -1", "seed"),
+            ("[model]\nid = \" \"", "model.id is empty"),
+            ("[model]\nquantize = \"int4\"", "unknown variant `int4`"),
+            ("[data]\nprompts = \"\"", "data.prompts is empty"),
+            ("[finetune]\nsteps = 0", "finetune.steps is 0; it must be from 1 to"),
+            ("[finetune]\nsteps = 2.5", "steps"),
+            ("[finetune]\nbatch = 0", "finetune.batch is 0"),
+            ("[finetune]\nmax_tokens = 1", "finetune.max_tokens is 1"),
+            ("[finetune]\nrank = 0", "finetune.rank is 0"),
+            ("[finetune]\nalpha = 0.0", "finetune.alpha is 0; it must be above 0"),
+            ("[finetune]\nalpha = nan", "finetune.alpha is NaN"),
+            ("[finetune]\nlearning_rate = -1e-3", "finetune.learning_rate is -0.001"),
+            ("[finetune]\nlearning_rate = inf", "finetune.learning_rate is inf"),
+            ("[finetune]\nweight_decay = 2.0", "finetune.weight_decay is 2"),
+            ("[finetune]\nmax_grad_norm = 0.0", "finetune.max_grad_norm is 0"),
+            ("[finetune]\nwarmup_steps = 24", "finetune.steps is only 24"),
+            ("[finetune]\nschedule = \"step\"", "unknown variant `step`"),
+            ("[calibrate]\nrates = []", "calibrate.rates is empty"),
+            ("[calibrate]\nrates = [0.01, 0.01]", "names 0.01 twice"),
+            ("[calibrate]\nrates = [0.6]", "calibrate.rates is 0.6"),
+            ("[evaluate]\nprompts = 1", "evaluate.prompts is 1"),
+            ("[evaluate]\nmax_new_tokens = 0", "evaluate.max_new_tokens is 0"),
+            ("[evaluate]\ntemperature = -0.1", "evaluate.temperature is -0.1"),
+            ("[evaluate]\ntop_p = 1.5", "evaluate.top_p is 1.5; it must be above 0 and at most 1"),
+            ("[evaluate]\nalphas = [0.0]", "evaluate.alphas is 0"),
+            ("[evaluate]\ncontrols = 0", "evaluate.controls is 0"),
+            ("[evaluate]\nbootstrap = 10", "evaluate.bootstrap is 10"),
+            ("[evaluate]\ncoherence_margin = -1.0", "evaluate.coherence_margin is -1"),
+            ("[finetune", "not valid TOML"),
+        ] {
+            assert!(error(text).contains(says), "{} should say {says}", error(text));
+        }
+    }
+
+    #[test]
+    fn whole_numbers_serve_where_reals_are_meant() {
+        let recipe = Recipe::from_toml("[finetune]\nalpha = 64\nlearning_rate = 1e-3").unwrap();
+        assert_eq!(recipe, Recipe::default());
+    }
+
+    #[test]
+    fn the_digest_depends_on_the_meaning_alone() {
+        let demo = Recipe::demo().unwrap().digest().unwrap();
+        let other = Recipe::from_toml("[evaluate]\ncontrols = 39\n[finetune]\nalpha = 64\n").unwrap();
+        assert_eq!(other.digest().unwrap(), demo);
+        assert_eq!(demo.len(), 64);
+        let changed = Recipe::from_toml("seed = 18").unwrap();
+        assert_ne!(changed.digest().unwrap(), demo);
+        let mut canonical = String::new();
+        write_canonical(&serde_json::json!({"b": [1, 0.5], "a": {"y": null, "x": "\""}}), &mut canonical);
+        assert_eq!(canonical, r#"{"a":{"x":"\"","y":null},"b":[1,0.5]}"#);
+    }
+}

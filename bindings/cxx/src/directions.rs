@@ -1,0 +1,110 @@
+//! Direction files.
+
+use crate::bridge::{Identity, ModelIdentity, OpenOptions, Site, Specificity};
+use crate::{Failure, invalid};
+use emaudit::directions::{self, Mode, schema};
+use std::sync::Arc;
+
+/// An opened direction file.
+pub struct Directions(pub(crate) Arc<directions::Directions>);
+
+fn options(options: &OpenOptions<'_>) -> Result<directions::OpenOptions, Failure> {
+    let digest = options.expected_digest;
+    let expected_digest = match digest.is_empty() {
+        true => None,
+        false => Some(digest.try_into().map_err(|_| invalid("an expected digest has 32 bytes"))?),
+    };
+    let mode = if options.mapped { Mode::Mapped } else { Mode::Copied };
+    Ok(directions::OpenOptions { mode, verify: !options.skip_verify, expected_digest })
+}
+
+fn boxed(directions: directions::Directions) -> Box<Directions> {
+    Box::new(Directions(Arc::new(directions)))
+}
+
+pub fn open_directions(path: &str, given: &OpenOptions<'_>) -> Result<Box<Directions>, Failure> {
+    Ok(boxed(directions::Directions::open(path, &options(given)?)?))
+}
+
+pub fn directions_from_bytes(bytes: &[u8], given: &OpenOptions<'_>) -> Result<Box<Directions>, Failure> {
+    Ok(boxed(directions::Directions::from_bytes(bytes, &options(given)?)?))
+}
+
+fn specificity(specificity: schema::Specificity) -> Specificity {
+    Specificity { repr: specificity as u32 }
+}
+
+/// Empty means unknown, and an unknown value must never equal the file's.
+fn known(text: &str) -> String {
+    if text.is_empty() { "\0unknown".to_owned() } else { text.to_owned() }
+}
+
+impl Directions {
+    pub fn width(&self) -> usize {
+        self.0.width()
+    }
+
+    pub fn layers(&self) -> Vec<u32> {
+        self.0.layers().collect()
+    }
+
+    pub fn verified(&self) -> bool {
+        self.0.verified()
+    }
+
+    pub fn digest(&self) -> [u8; 32] {
+        self.0.digest()
+    }
+
+    pub fn causal(&self) -> Specificity {
+        specificity(self.0.manifest().evidence.causal)
+    }
+
+    pub fn content(&self) -> Specificity {
+        specificity(self.0.manifest().evidence.content)
+    }
+
+    fn site(&self) -> Site {
+        match self.0.manifest().site {
+            schema::Site::ResidPost => Site::ResidPost,
+            schema::Site::FinalNorm => Site::FinalNorm,
+        }
+    }
+
+    pub fn model(&self) -> ModelIdentity {
+        let model = self.0.manifest().model.clone();
+        ModelIdentity {
+            architecture: model.architecture,
+            hidden_size: model.hidden_size,
+            n_layers: model.n_layers,
+            vocab_size: model.vocab_size,
+            site: self.site(),
+            tokenizer_digest: model.tokenizer_digest,
+            weights_digest: model.weights_digest,
+            quantization: model.quantization,
+        }
+    }
+
+    pub fn check_model(&self, model: &ModelIdentity) -> Result<Identity, Failure> {
+        let found = schema::ModelIdentity {
+            architecture: model.architecture.clone(),
+            hidden_size: model.hidden_size,
+            n_layers: model.n_layers,
+            vocab_size: model.vocab_size,
+            tokenizer_digest: model.tokenizer_digest.clone(),
+            weights_digest: known(&model.weights_digest),
+            quantization: known(&model.quantization),
+            name: String::new(),
+        };
+        let outcome = self.0.manifest().model.check(&found)?;
+        if model.site != self.site() {
+            let name = |site| format!("{site:?}");
+            let (expected, found) = (name(self.site()), name(model.site));
+            return Err(Failure(emaudit::Error::ModelMismatch { field: "site", expected, found }));
+        }
+        Ok(match outcome {
+            schema::IdentityMatch::Exact => Identity::Exact,
+            schema::IdentityMatch::Variant => Identity::Variant,
+        })
+    }
+}

@@ -1,0 +1,271 @@
+//! Detects the CPU once, publishes one finished table, lists every kernel and lets any be forced.
+
+use super::{generic, scalar};
+use crate::activations::Element;
+use crate::error::{Error, Result};
+use half::{bf16, f16};
+use std::sync::OnceLock;
+
+/// Environment variable that forces a kernel by name for every probe made without an explicit one.
+pub const KERNEL_VARIABLE: &str = "EMAUDIT_KERNEL";
+
+/// An implementation of the arithmetic. The numbers are pinned for C.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KernelKind {
+    /// One element after the other, sums in f64: the oracle.
+    Scalar = 1,
+    /// Arrays that the compiler vectorises; every target has it.
+    Portable = 2,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2 = 3,
+    /// x86-64 with AVX-512 F, BW, VL and DQ.
+    Avx512 = 4,
+}
+
+impl KernelKind {
+    /// Every kernel this library knows, slowest first.
+    pub const ALL: [KernelKind; 4] =
+        [KernelKind::Scalar, KernelKind::Portable, KernelKind::Avx2, KernelKind::Avx512];
+
+    /// The name used in `EMAUDIT_KERNEL` and in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            KernelKind::Scalar => "scalar",
+            KernelKind::Portable => "portable",
+            KernelKind::Avx2 => "avx2",
+            KernelKind::Avx512 => "avx512",
+        }
+    }
+}
+
+impl std::fmt::Display for KernelKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl std::str::FromStr for KernelKind {
+    type Err = Error;
+
+    /// Reads a name as [`KernelKind::as_str`] writes it; another one is [`Error::KernelUnavailable`].
+    fn from_str(name: &str) -> Result<Self> {
+        KernelKind::ALL.into_iter().find(|k| k.as_str() == name).ok_or_else(|| unavailable(name))
+    }
+}
+
+impl TryFrom<u32> for KernelKind {
+    type Error = Error;
+
+    /// Reads the pinned number; anything else is [`Error::InvalidArgument`].
+    fn try_from(number: u32) -> Result<Self> {
+        let found = KernelKind::ALL.into_iter().find(|k| *k as u32 == number);
+        found.ok_or_else(|| Error::InvalidArgument(format!("{number} is no kernel")))
+    }
+}
+
+/// The functions of one kernel for one dtype.
+///
+/// # Safety of the pointers
+/// - Only a table that [`Registry::detect`] lists may be called: its CPU features were seen.
+/// - Row and direction must have the same length.
+pub(super) struct Ops<T> {
+    pub dot: unsafe fn(&[T], &[f32]) -> f32,
+    pub dot_squares: unsafe fn(&[T], &[f32]) -> (f32, f32),
+    pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
+    pub edit: unsafe fn(&mut [T], &[f32], f32),
+}
+
+/// The functions of one kernel.
+pub(super) struct Table {
+    pub kind: KernelKind,
+    pub f32: Ops<f32>,
+    pub f16: Ops<f16>,
+    pub bf16: Ops<bf16>,
+}
+
+/// An element type that the kernels have functions for. Sealed through [`Element`].
+pub trait Scored: Element {
+    #[doc(hidden)]
+    fn ops(kernel: &Kernel) -> Chosen<'_, Self>;
+}
+
+/// A table's column for one dtype; opaque.
+#[doc(hidden)]
+pub struct Chosen<'a, T>(&'a Ops<T>);
+
+impl Scored for f32 {
+    #[inline]
+    fn ops(kernel: &Kernel) -> Chosen<'_, f32> {
+        Chosen(&kernel.0.f32)
+    }
+}
+
+impl Scored for f16 {
+    #[inline]
+    fn ops(kernel: &Kernel) -> Chosen<'_, f16> {
+        Chosen(&kernel.0.f16)
+    }
+}
+
+impl Scored for bf16 {
+    #[inline]
+    fn ops(kernel: &Kernel) -> Chosen<'_, bf16> {
+        Chosen(&kernel.0.bf16)
+    }
+}
+
+/// A kernel this CPU runs: a finished table of functions. `Copy`, `Send` and `Sync`; calls never allocate or lock.
+///
+/// Every method panics when row and direction differ in length.
+#[derive(Clone, Copy)]
+pub struct Kernel(&'static Table);
+
+impl Kernel {
+    /// The kernel of that kind, or [`Error::KernelUnavailable`] where the CPU or build lacks it.
+    pub fn of(kind: KernelKind) -> Result<Kernel> {
+        let found = registry().tables().find(|t| t.kind == kind);
+        found.map(Kernel).ok_or_else(|| unavailable(kind.as_str()))
+    }
+
+    /// The kernel `EMAUDIT_KERNEL` names, else [`best`]. The variable is read once per process.
+    ///
+    /// Errors: [`Error::KernelUnavailable`] when it names an unknown kernel or one this CPU lacks.
+    pub fn from_environment() -> Result<Kernel> {
+        static NAME: OnceLock<Option<String>> = OnceLock::new();
+        let name = NAME.get_or_init(|| {
+            let value = std::env::var_os(KERNEL_VARIABLE)?;
+            Some(value.to_string_lossy().into_owned()).filter(|v| !v.is_empty())
+        });
+        match name {
+            Some(name) => Kernel::of(name.parse()?),
+            None => Kernel::of(best()),
+        }
+    }
+
+    /// Which kernel this is.
+    pub fn kind(&self) -> KernelKind {
+        self.0.kind
+    }
+
+    /// Dot product in f32 of a finite direction with a row. Not finite when any element of the row is not:
+    /// that is the finite check (contract.md).
+    #[inline]
+    pub fn dot<T: Scored>(&self, row: &[T], direction: &[f32]) -> f32 {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: `self` came from the registry, so the CPU has the features; the lengths are equal.
+        unsafe { (T::ops(self).0.dot)(row, direction) }
+    }
+
+    /// The dot product, same bits as [`Kernel::dot`], and the row's sum of squares.
+    #[inline]
+    pub fn dot_squares<T: Scored>(&self, row: &[T], direction: &[f32]) -> (f32, f32) {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.dot_squares)(row, direction) }
+    }
+
+    /// The largest |element| that [`Kernel::edit`] would write, before rounding to the dtype. Row and `c` finite.
+    #[inline]
+    pub fn edit_peak<T: Scored>(&self, row: &[T], direction: &[f32], c: f32) -> f32 {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.edit_peak)(row, direction, c) }
+    }
+
+    /// `row -= c * direction` in f32, rounded to the dtype; the same bits in every kernel. Row and `c` finite.
+    #[inline]
+    pub fn edit<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32) {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.edit)(row, direction, c) }
+    }
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Kernel").field(&self.0.kind).finish()
+    }
+}
+
+/// The kernels this process can run, slowest first. Never empty.
+pub fn available() -> &'static [KernelKind] {
+    &registry().kinds[..registry().count]
+}
+
+/// The fastest kernel this process can run, whatever `EMAUDIT_KERNEL` says.
+pub fn best() -> KernelKind {
+    available().last().copied().unwrap_or(KernelKind::Scalar)
+}
+
+/// What detection found; written once, then only read.
+struct Registry {
+    tables: [&'static Table; 4],
+    kinds: [KernelKind; 4],
+    count: usize,
+}
+
+impl Registry {
+    fn detect() -> Registry {
+        let mut found = Registry { tables: [&scalar::TABLE; 4], kinds: [KernelKind::Scalar; 4], count: 0 };
+        found.push(&scalar::TABLE);
+        found.push(&generic::TABLE);
+        #[cfg(target_arch = "x86_64")]
+        {
+            use super::x86;
+            if x86::has_avx2() {
+                found.push(&x86::avx2::TABLE);
+            }
+            if x86::has_avx512() {
+                found.push(&x86::avx512::TABLE);
+            }
+        }
+        found
+    }
+
+    fn push(&mut self, table: &'static Table) {
+        self.tables[self.count] = table;
+        self.kinds[self.count] = table.kind;
+        self.count += 1;
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &'static Table> {
+        self.tables.into_iter().take(self.count)
+    }
+}
+
+/// Lock-free once filled.
+fn registry() -> &'static Registry {
+    static REGISTRY: OnceLock<Registry> = OnceLock::new();
+    REGISTRY.get_or_init(Registry::detect)
+}
+
+fn unavailable(name: &str) -> Error {
+    let names: Vec<_> = available().iter().map(|k| k.as_str()).collect();
+    Error::KernelUnavailable { name: name.to_owned(), available: names.join(", ") }
+}
+
+// One unit in the last place of 1, halved: the largest relative error of a rounding.
+const EPS32: f64 = 1.0 / (1u64 << 24) as f64;
+const EPS64: f64 = 1.0 / (1u64 << 53) as f64;
+const SUBNORMAL32: f64 = f32::from_bits(1) as f64;
+
+/// The bound of contract.md on |computed - exact| of a dot product of `width` terms whose absolute values sum to
+/// `sum_abs`; for the sum of squares pass that sum itself.
+pub fn error_bound(kind: KernelKind, width: usize, sum_abs: f64) -> f64 {
+    let gamma = |n: f64, eps: f64| n * eps / (1.0 - n * eps);
+    let steps = |lanes: usize, extra: usize| {
+        let chunks = width.div_ceil(lanes * generic::UNROLL);
+        (chunks + extra + (generic::UNROLL.ilog2() + lanes.ilog2()) as usize) as f64
+    };
+    let underflow = width.max(1) as f64 * SUBNORMAL32;
+    match kind {
+        KernelKind::Scalar => {
+            let sum = gamma(width as f64, EPS64);
+            (sum + EPS32 * (1.0 + sum)) * sum_abs + SUBNORMAL32
+        }
+        KernelKind::Portable => gamma(steps(8, 1), EPS32) * sum_abs + underflow,
+        KernelKind::Avx2 => gamma(steps(8, 0), EPS32) * sum_abs + underflow,
+        KernelKind::Avx512 => gamma(steps(16, 0), EPS32) * sum_abs + underflow,
+    }
+}

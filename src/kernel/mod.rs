@@ -1,0 +1,9 @@
+#![doc = include_str!("contract.md")]
+
+mod dispatch;
+mod generic;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use dispatch::{KERNEL_VARIABLE, Kernel, KernelKind, Scored, available, best, error_bound};

@@ -1,0 +1,290 @@
+//! A direction, its calibration and one kernel, bound once: rows in, scores out.
+
+use crate::activations::{Dtype, Rows};
+use crate::directions::Directions;
+use crate::error::{Error, Result};
+use crate::kernel::{Kernel, KernelKind, Scored, error_bound};
+use half::{bf16, f16};
+use std::sync::Arc;
+
+/// Unit of a score. The numbers are pinned for C.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScoreUnit {
+    /// `z = r / sigma`: standard deviations of aligned rows.
+    AlignedSd = 1,
+    /// `r = (h - aligned_mean) . v/|v|`: activation units.
+    Raw = 2,
+}
+
+impl TryFrom<u32> for ScoreUnit {
+    type Error = Error;
+
+    /// Reads the pinned number; anything else is [`Error::InvalidArgument`].
+    fn try_from(number: u32) -> Result<Self> {
+        match number {
+            1 => Ok(ScoreUnit::AlignedSd),
+            2 => Ok(ScoreUnit::Raw),
+            _ => Err(Error::InvalidArgument(format!("{number} is no score unit"))),
+        }
+    }
+}
+
+/// What became of one row. The numbers are pinned for C.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum RowStatus {
+    /// Scored, or steered as asked.
+    #[default]
+    Ok = 0,
+    /// The row holds a NaN or an infinity, or its score or edit would; untouched.
+    NonFinite = 1,
+    /// Steering only: the gate was closed; untouched.
+    Gated = 2,
+    /// Steering only: the dose limit made the edit smaller.
+    Limited = 3,
+}
+
+/// Scores rows against one layer's direction.
+///
+/// Immutable, `Send` and `Sync`; a clone shares everything. Keeps its directions alive.
+/// Scoring never allocates, locks or blocks.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    source: Option<(Arc<Directions>, u32)>,
+    kernel: Kernel,
+    direction: Vec<f32>,
+    direction_norm: f64,
+    unit: Vec<f32>,
+    unit_norm: f64,
+    offset: f64,
+    sigma: f64,
+}
+
+impl Probe {
+    /// A probe for one layer of a direction file, with the fastest kernel or the one `EMAUDIT_KERNEL` names.
+    ///
+    /// Errors: [`Error::LayerNotFound`]; [`Error::KernelUnavailable`].
+    pub fn new(directions: Arc<Directions>, layer: u32) -> Result<Probe> {
+        Probe::from_file(directions, layer, Kernel::from_environment()?)
+    }
+
+    /// The same with a forced kernel.
+    ///
+    /// Errors: [`Error::LayerNotFound`]; [`Error::KernelUnavailable`] where the CPU lacks it.
+    pub fn with_kernel(directions: Arc<Directions>, layer: u32, kernel: KernelKind) -> Result<Probe> {
+        Probe::from_file(directions, layer, Kernel::of(kernel)?)
+    }
+
+    /// A probe without a file: no thresholds, no evidence. `direction` is raw `v`, `aligned_mean` has its width,
+    /// both in activation units; `sigma` is the standard deviation of aligned raw scores.
+    ///
+    /// Errors: [`Error::InvalidArgument`] for an empty, zero or non-finite vector or a `sigma` that is not above 0;
+    /// [`Error::WidthMismatch`]; [`Error::KernelUnavailable`].
+    pub fn from_vectors(
+        direction: &[f32],
+        aligned_mean: &[f32],
+        sigma: f64,
+        kernel: Option<KernelKind>,
+    ) -> Result<Probe> {
+        let kernel = kernel.map_or_else(Kernel::from_environment, Kernel::of)?;
+        Probe::build(None, kernel, direction, aligned_mean, sigma)
+    }
+
+    fn from_file(directions: Arc<Directions>, layer: u32, kernel: Kernel) -> Result<Probe> {
+        let source = directions.clone();
+        let found = directions.layer(layer)?;
+        let sigma = found.calibration.sigma;
+        Probe::build(Some((source, layer)), kernel, &found.direction, &found.aligned_mean, sigma)
+    }
+
+    fn build(
+        source: Option<(Arc<Directions>, u32)>,
+        kernel: Kernel,
+        direction: &[f32],
+        aligned_mean: &[f32],
+        sigma: f64,
+    ) -> Result<Probe> {
+        check_vectors(direction, aligned_mean, sigma)?;
+        let direction_norm = norm(direction);
+        let unit: Vec<f32> = direction.iter().map(|x| (f64::from(*x) / direction_norm) as f32).collect();
+        let offset = aligned_mean.iter().zip(&unit).map(|(m, u)| f64::from(*m) * f64::from(*u)).sum();
+        let unit_norm = norm(&unit);
+        let direction = direction.to_vec();
+        let inner = Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma };
+        Ok(Probe { inner: Arc::new(inner) })
+    }
+
+    /// Scores every row: `scores[i]` for row `i`, and its status where asked for.
+    ///
+    /// `rows` is `n x width` of any dtype; `scores` and `status` have `n` elements. A row that cannot be scored (a NaN, an
+    /// infinity, or a score beyond f32) gets a NaN and [`RowStatus::NonFinite`]; the others are scored all the same.
+    ///
+    /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (lengths) before anything is written;
+    /// [`Error::NonFinite`] after all rows.
+    pub fn score(
+        &self,
+        rows: &Rows<'_>,
+        unit: ScoreUnit,
+        scores: &mut [f32],
+        mut status: Option<&mut [RowStatus]>,
+    ) -> Result<()> {
+        self.check_width(rows.cols())?;
+        check_length("scores", scores.len(), rows.rows())?;
+        if let Some(status) = &status {
+            check_length("row statuses", status.len(), rows.rows())?;
+        }
+        let nonfinite = match rows.dtype() {
+            Dtype::F32 => self.score_as::<f32>(rows, unit, scores, &mut status),
+            Dtype::F16 => self.score_as::<f16>(rows, unit, scores, &mut status),
+            Dtype::Bf16 => self.score_as::<bf16>(rows, unit, scores, &mut status),
+        };
+        if nonfinite > 0 { Err(Error::NonFinite { rows: nonfinite }) } else { Ok(()) }
+    }
+
+    fn score_as<T: Scored>(
+        &self,
+        rows: &Rows<'_>,
+        unit: ScoreUnit,
+        scores: &mut [f32],
+        status: &mut Option<&mut [RowStatus]>,
+    ) -> usize {
+        let mut nonfinite = 0;
+        for (i, score) in scores.iter_mut().enumerate() {
+            let projection = self.projection(self.inner.kernel.dot(rows.row::<T>(i), &self.inner.unit));
+            *score = projection.map_or(f32::NAN, |p| p.score(unit));
+            nonfinite += usize::from(projection.is_none());
+            if let Some(status) = status {
+                status[i] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
+            }
+        }
+        nonfinite
+    }
+
+    /// Both scores from the dot product with the unit direction; `None` when one is not finite.
+    pub(crate) fn projection(&self, dot: f32) -> Option<Projection> {
+        let raw = f64::from(dot) - self.inner.offset;
+        let projection = Projection { dot, raw, z: (raw / self.inner.sigma) as f32 };
+        let finite = projection.z.is_finite() && (raw as f32).is_finite();
+        finite.then_some(projection)
+    }
+
+    pub(crate) fn check_width(&self, cols: usize) -> Result<()> {
+        if cols == self.width() {
+            return Ok(());
+        }
+        Err(Error::WidthMismatch { expected: self.width(), found: cols })
+    }
+
+    /// Elements of the direction, and columns of every row.
+    pub fn width(&self) -> usize {
+        self.inner.unit.len()
+    }
+
+    /// 0-based layer in the direction file; `None` for a probe from vectors.
+    pub fn layer(&self) -> Option<u32> {
+        self.inner.source.as_ref().map(|(_, layer)| *layer)
+    }
+
+    /// The kernel in use.
+    pub fn kernel(&self) -> KernelKind {
+        self.inner.kernel.kind()
+    }
+
+    /// The direction file; `None` for a probe from vectors.
+    pub fn directions(&self) -> Option<&Arc<Directions>> {
+        self.inner.source.as_ref().map(|(directions, _)| directions)
+    }
+
+    /// The raw direction `v`, in activation units.
+    pub fn direction(&self) -> &[f32] {
+        &self.inner.direction
+    }
+
+    /// `|v|`, in activation units.
+    pub fn direction_norm(&self) -> f64 {
+        self.inner.direction_norm
+    }
+
+    /// `u = v/|v|`, divided in f64 and rounded to f32. Its own norm is 1 up to that rounding.
+    pub fn unit_direction(&self) -> &[f32] {
+        &self.inner.unit
+    }
+
+    /// `aligned_mean . u`: what a raw score is measured from.
+    pub fn offset(&self) -> f64 {
+        self.inner.offset
+    }
+
+    /// Standard deviation of aligned raw scores.
+    pub fn sigma(&self) -> f64 {
+        self.inner.sigma
+    }
+
+    /// How far a raw score can be from the exact one, for a row of norm `row_norm`, whatever its dtype: the bound of
+    /// contract.md with `sum|h_i u_i| <= |h| |u|`, plus the rounding of the score to f32. Divide by `sigma` for `z`
+    /// and add one more rounding.
+    pub fn error_bound(&self, row_norm: f64) -> f64 {
+        let reach = row_norm * self.inner.unit_norm;
+        let rounding = (reach + self.inner.offset.abs()) * f64::from(f32::EPSILON) / 2.0;
+        error_bound(self.kernel(), self.width(), reach) * (1.0 + f64::from(f32::EPSILON)) + rounding
+    }
+
+    pub(crate) fn bound_kernel(&self) -> Kernel {
+        self.inner.kernel
+    }
+
+    pub(crate) fn unit_norm(&self) -> f64 {
+        self.inner.unit_norm
+    }
+}
+
+/// A row seen along the direction.
+#[derive(Clone, Copy)]
+pub(crate) struct Projection {
+    pub dot: f32,
+    pub raw: f64,
+    pub z: f32,
+}
+
+impl Projection {
+    pub fn score(&self, unit: ScoreUnit) -> f32 {
+        match unit {
+            ScoreUnit::AlignedSd => self.z,
+            ScoreUnit::Raw => self.raw as f32,
+        }
+    }
+}
+
+pub(crate) fn check_length(what: &str, found: usize, rows: usize) -> Result<()> {
+    if found == rows {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!("{found} {what} for {rows} rows")))
+}
+
+fn check_vectors(direction: &[f32], aligned_mean: &[f32], sigma: f64) -> Result<()> {
+    let refuse = |reason: &str| Err(Error::InvalidArgument(reason.into()));
+    if direction.len() != aligned_mean.len() {
+        return Err(Error::WidthMismatch { expected: direction.len(), found: aligned_mean.len() });
+    }
+    if !direction.iter().chain(aligned_mean).all(|x| x.is_finite()) {
+        return refuse("the direction or the aligned mean holds a NaN or an infinity");
+    }
+    if direction.iter().all(|x| *x == 0.0) {
+        return refuse("the direction is empty or zero");
+    }
+    if !(sigma > 0.0 && sigma.is_finite()) {
+        return refuse("sigma must be finite and above 0");
+    }
+    Ok(())
+}
+
+fn norm(vector: &[f32]) -> f64 {
+    vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt()
+}

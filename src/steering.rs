@@ -1,0 +1,327 @@
+//! Edits rows in place along a direction: subtract, project out, clamp; per-row strength, gate, dose limit.
+
+use crate::activations::{Dtype, Element, Rows, RowsMut};
+use crate::directions::schema::Specificity;
+use crate::error::{Error, Result};
+use crate::kernel::{Kernel, Scored};
+use crate::probe::{Probe, Projection, RowStatus, ScoreUnit, check_length};
+use half::{bf16, f16};
+
+/// What is done to a row `h`; `v` is the raw direction, `u = v/|v|`, `s` the row's strength (1 where none is given).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Operation {
+    /// `h -= s alpha v`.
+    Subtract {
+        /// Multiple of the raw direction.
+        alpha: f32,
+    },
+    /// `h -= s alpha (h.u) u`; with `s alpha = 1` nothing is left along `u`.
+    ProjectOut {
+        /// Share that is removed.
+        alpha: f32,
+    },
+    /// Where `z > ceiling`: `h -= s (r - ceiling sigma) u`. Never raises a score; takes no negative strength.
+    Clamp {
+        /// The highest score left alone, in aligned standard deviations.
+        ceiling: f32,
+    },
+}
+
+/// How to steer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SteeringOptions {
+    /// The edit.
+    pub operation: Operation,
+    /// Only rows scoring above this many aligned standard deviations are edited.
+    pub gate: Option<f32>,
+    /// Largest `|dh|/|h|`, above 0. A larger edit is scaled down to it. Holds for the edit as computed, up to the error
+    /// of the row's norm; rounding to f16 or bf16 comes on top.
+    pub dose_limit: Option<f32>,
+    /// Steer although the causal evidence is not `specific`.
+    pub allow_nonspecific: bool,
+}
+
+impl SteeringOptions {
+    /// The operation alone: no gate, no dose limit, specific directions only.
+    pub fn new(operation: Operation) -> Self {
+        SteeringOptions { operation, gate: None, dose_limit: None, allow_nonspecific: false }
+    }
+}
+
+/// What a call did.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SteerReport {
+    /// Rows given.
+    pub rows: usize,
+    /// Rows written to.
+    pub touched: usize,
+    /// Rows the gate kept out.
+    pub gated: usize,
+    /// Rows whose edit the dose limit made smaller.
+    pub limited: usize,
+    /// Rows left alone because they, or their edit, are not finite.
+    pub nonfinite: usize,
+    /// Largest `|dh|/|h|` among the rows written to.
+    pub largest_dose: f32,
+}
+
+/// Steers rows with one probe's direction. Immutable, `Send` and `Sync`; a clone shares the vectors.
+/// Steering never allocates, locks or blocks.
+#[derive(Clone, Debug)]
+pub struct Steering {
+    probe: Probe,
+    kernel: Kernel,
+    options: SteeringOptions,
+    /// Norm and largest |element| of the vector that is subtracted.
+    edit_norm: f64,
+    edit_peak: f64,
+}
+
+/// What became of one row.
+struct Outcome {
+    status: RowStatus,
+    dose: f64,
+    touched: bool,
+}
+
+impl Outcome {
+    fn untouched(status: RowStatus) -> Self {
+        Outcome { status, dose: 0.0, touched: false }
+    }
+}
+
+/// A norm squared within this range lost nothing to overflow or underflow in f32.
+const SAFE_SQUARES: std::ops::Range<f32> = 1e-30..1e30;
+
+impl Steering {
+    /// Binds a probe and options.
+    ///
+    /// Errors: [`Error::InvalidArgument`] for a non-finite parameter or a dose limit that is not above 0;
+    /// [`Error::NotSpecific`] unless the file's causal evidence is `specific` or `allow_nonspecific` is set (a probe from
+    /// vectors has no evidence).
+    pub fn new(probe: &Probe, options: SteeringOptions) -> Result<Steering> {
+        check_options(&options)?;
+        let untested = Specificity::Untested;
+        let causal = probe.directions().map_or(untested, |d| d.manifest().evidence.recompute_causal());
+        if causal != Specificity::Specific && !options.allow_nonspecific {
+            return Err(Error::NotSpecific { status: causal.as_str().into() });
+        }
+        let (vector, edit_norm) = match options.operation {
+            Operation::Subtract { .. } => (probe.direction(), probe.direction_norm()),
+            _ => (probe.unit_direction(), probe.unit_norm()),
+        };
+        let edit_peak = vector.iter().fold(0.0f64, |peak, x| peak.max(f64::from(x.abs())));
+        Ok(Steering { probe: probe.clone(), kernel: probe.bound_kernel(), options, edit_norm, edit_peak })
+    }
+
+    /// Edits every row in place. `strengths` and `status` have one element per row.
+    ///
+    /// `rows` is `n x width` of any dtype. A row that holds, or whose edit would make, a NaN or an infinity stays untouched and
+    /// is flagged [`RowStatus::NonFinite`]; the others are edited all the same.
+    ///
+    /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (lengths; a non-finite strength; a negative one for
+    /// [`Operation::Clamp`]) before anything is written; [`Error::NonFinite`] after all rows.
+    pub fn apply(
+        &self,
+        rows: &mut RowsMut<'_>,
+        strengths: Option<&[f32]>,
+        status: Option<&mut [RowStatus]>,
+    ) -> Result<SteerReport> {
+        self.run(rows, None, strengths, status)?.into_result()
+    }
+
+    /// Scores every row and then edits it, in one pass: the same bits as [`Probe::score`] followed by
+    /// [`Steering::apply`]. `scores` has one element per row and holds the scores **before** the edit.
+    ///
+    /// Errors: as [`Steering::apply`].
+    pub fn score_and_apply(
+        &self,
+        rows: &mut RowsMut<'_>,
+        unit: ScoreUnit,
+        scores: &mut [f32],
+        strengths: Option<&[f32]>,
+        status: Option<&mut [RowStatus]>,
+    ) -> Result<SteerReport> {
+        check_length("scores", scores.len(), rows.rows())?;
+        self.run(rows, Some((unit, scores)), strengths, status)?.into_result()
+    }
+
+    /// The probe whose direction this steers with.
+    pub fn probe(&self) -> &Probe {
+        &self.probe
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &SteeringOptions {
+        &self.options
+    }
+
+    /// Checks and steers; rows that are not finite are counted in the report, not an error.
+    pub(crate) fn run(
+        &self,
+        rows: &mut RowsMut<'_>,
+        scores: Option<(ScoreUnit, &mut [f32])>,
+        strengths: Option<&[f32]>,
+        status: Option<&mut [RowStatus]>,
+    ) -> Result<SteerReport> {
+        self.check(&rows.as_rows(), strengths, status.as_deref())?;
+        Ok(match rows.dtype() {
+            Dtype::F32 => self.run_as::<f32>(rows, scores, strengths, status),
+            Dtype::F16 => self.run_as::<f16>(rows, scores, strengths, status),
+            Dtype::Bf16 => self.run_as::<bf16>(rows, scores, strengths, status),
+        })
+    }
+
+    /// Everything that can be refused is refused here, before the first write.
+    pub(crate) fn check(
+        &self,
+        rows: &Rows<'_>,
+        strengths: Option<&[f32]>,
+        status: Option<&[RowStatus]>,
+    ) -> Result<()> {
+        self.probe.check_width(rows.cols())?;
+        if let Some(status) = status {
+            check_length("row statuses", status.len(), rows.rows())?;
+        }
+        let Some(strengths) = strengths else { return Ok(()) };
+        check_length("strengths", strengths.len(), rows.rows())?;
+        if !strengths.iter().all(|s| s.is_finite()) {
+            return Err(Error::InvalidArgument("a strength is not finite".into()));
+        }
+        let clamps = matches!(self.options.operation, Operation::Clamp { .. });
+        if clamps && strengths.iter().any(|s| *s < 0.0) {
+            return Err(Error::InvalidArgument("a negative strength would make a clamp raise scores".into()));
+        }
+        Ok(())
+    }
+
+    fn run_as<T: Scored>(
+        &self,
+        rows: &mut RowsMut<'_>,
+        mut scores: Option<(ScoreUnit, &mut [f32])>,
+        strengths: Option<&[f32]>,
+        mut status: Option<&mut [RowStatus]>,
+    ) -> SteerReport {
+        let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
+        for i in 0..rows.rows() {
+            let row = rows.row_mut::<T>(i);
+            let (dot, squares) = self.kernel.dot_squares(row, self.probe.unit_direction());
+            let projection = self.probe.projection(dot);
+            if let Some((unit, scores)) = &mut scores {
+                scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
+            }
+            let strength = strengths.map_or(1.0, |s| s[i]);
+            let outcome = match projection {
+                Some(projection) => self.steer(row, projection, squares, strength),
+                None => Outcome::untouched(RowStatus::NonFinite),
+            };
+            report.add(&outcome);
+            if let Some(status) = &mut status {
+                status[i] = outcome.status;
+            }
+        }
+        report
+    }
+
+    fn steer<T: Scored>(&self, row: &mut [T], seen: Projection, squares: f32, strength: f32) -> Outcome {
+        if self.options.gate.is_some_and(|gate| seen.z <= gate) {
+            return Outcome::untouched(RowStatus::Gated);
+        }
+        let asked = self.coefficient(seen, strength);
+        if asked == 0.0 {
+            return Outcome::untouched(RowStatus::Ok);
+        }
+        let norm = row_norm(row, squares);
+        let (wide, dose, status) = self.limit(asked, norm);
+        let c = wide as f32;
+        if c == 0.0 {
+            return Outcome::untouched(status);
+        }
+        let vector = self.vector();
+        if !self.stays_finite(row, vector, c, norm) {
+            return Outcome::untouched(RowStatus::NonFinite);
+        }
+        self.kernel.edit(row, vector, c);
+        Outcome { status, dose, touched: true }
+    }
+
+    /// The vector that is subtracted.
+    fn vector(&self) -> &[f32] {
+        match self.options.operation {
+            Operation::Subtract { .. } => self.probe.direction(),
+            _ => self.probe.unit_direction(),
+        }
+    }
+
+    /// How much of it: `h -= c * vector`.
+    fn coefficient(&self, seen: Projection, strength: f32) -> f64 {
+        let strength = f64::from(strength);
+        match self.options.operation {
+            Operation::Subtract { alpha } => strength * f64::from(alpha),
+            Operation::ProjectOut { alpha } => strength * f64::from(alpha) * f64::from(seen.dot),
+            Operation::Clamp { ceiling } if seen.z > ceiling => {
+                // Above 0: `z`, rounded to f32, lies above an f32, so unrounded it lies half a step above at least.
+                strength * (seen.raw - f64::from(ceiling) * self.probe.sigma())
+            }
+            Operation::Clamp { .. } => 0.0,
+        }
+    }
+
+    /// Coefficient, dose and status after the dose limit.
+    fn limit(&self, asked: f64, norm: f64) -> (f64, f64, RowStatus) {
+        let dose = asked.abs() * self.edit_norm / norm;
+        match self.options.dose_limit.map(f64::from) {
+            Some(limit) if dose > limit => (asked * (limit / dose), limit, RowStatus::Limited),
+            _ => (asked, dose, RowStatus::Ok),
+        }
+    }
+
+    /// Whether every edited element is finite in the row's dtype; the exact pass is needed near its range only.
+    fn stays_finite<T: Scored>(&self, row: &[T], vector: &[f32], c: f32, norm: f64) -> bool {
+        let largest = norm * 1.001 + f64::from(c.abs()) * self.edit_peak;
+        if largest < f64::from(T::OVERFLOW.min(f32::MAX)) * 0.99 {
+            return true;
+        }
+        c.is_finite() && self.kernel.edit_peak(row, vector, c) < T::OVERFLOW
+    }
+}
+
+impl SteerReport {
+    /// [`Error::NonFinite`] when a row was not finite.
+    pub(crate) fn into_result(self) -> Result<SteerReport> {
+        if self.nonfinite > 0 { Err(Error::NonFinite { rows: self.nonfinite }) } else { Ok(self) }
+    }
+
+    fn add(&mut self, outcome: &Outcome) {
+        self.touched += usize::from(outcome.touched);
+        self.largest_dose = self.largest_dose.max(outcome.dose as f32);
+        match outcome.status {
+            RowStatus::Ok => {}
+            RowStatus::NonFinite => self.nonfinite += 1,
+            RowStatus::Gated => self.gated += 1,
+            RowStatus::Limited => self.limited += 1,
+        }
+    }
+}
+
+/// The row's norm from its f32 sum of squares, summed again in f64 where f32 is too narrow.
+fn row_norm<T: Element>(row: &[T], squares: f32) -> f64 {
+    if SAFE_SQUARES.contains(&squares) {
+        return f64::from(squares).sqrt();
+    }
+    row.iter().map(|h| f64::from(h.to_f32()).powi(2)).sum::<f64>().sqrt()
+}
+
+fn check_options(options: &SteeringOptions) -> Result<()> {
+    let parameter = match options.operation {
+        Operation::Subtract { alpha } | Operation::ProjectOut { alpha } => alpha,
+        Operation::Clamp { ceiling } => ceiling,
+    };
+    if !parameter.is_finite() || options.gate.is_some_and(|gate| !gate.is_finite()) {
+        return Err(Error::InvalidArgument("a steering parameter is not finite".into()));
+    }
+    if options.dose_limit.is_some_and(|limit| !(limit > 0.0 && limit.is_finite())) {
+        return Err(Error::InvalidArgument("a dose limit must be finite and above 0".into()));
+    }
+    Ok(())
+}

@@ -1,0 +1,150 @@
+/* Scores against numbers computed here in double, and every way a score is refused. */
+#include "check.h"
+
+enum { ROWS = 5, STRIDE = WIDTH + 6 };
+
+static emaudit_tensor f32_rows(float *data, size_t rows) {
+  emaudit_tensor tensor = EMAUDIT_TENSOR_INIT;
+  tensor.dtype = EMAUDIT_DTYPE_F32;
+  tensor.data = data;
+  tensor.rows = rows;
+  tensor.cols = WIDTH;
+  return tensor;
+}
+
+static double norm_of(const float *row) {
+  double sum = 0.0;
+  for (size_t i = 0; i < WIDTH; ++i) {
+    sum += (double)row[i] * (double)row[i];
+  }
+  return sqrt(sum);
+}
+
+static void score_with(const emaudit_directions *directions, uint32_t kernel, double sigma) {
+  emaudit_probe_options options = EMAUDIT_PROBE_OPTIONS_INIT;
+  options.kernel = kernel;
+  emaudit_probe *probe = NULL;
+  EXPECT(OK, emaudit_probe_new(directions, LAYER, &options, &probe, &error));
+  float data[ROWS * STRIDE];
+  fill_rows(data, ROWS, WIDTH, STRIDE);
+  emaudit_tensor rows = f32_rows(data, ROWS);
+  rows.row_stride = STRIDE;
+  float raw[ROWS], z[ROWS];
+  uint8_t status[ROWS];
+  memset(status, 0xff, sizeof status);
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, raw, NULL, &error));
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, z, status, &error));
+  for (size_t i = 0; i < ROWS; ++i) {
+    const float *row = data + i * STRIDE;
+    const double exact = exact_raw(directions, LAYER, row);
+    double bound = 0.0;
+    EXPECT(OK, emaudit_probe_error_bound(probe, norm_of(row), &bound, &error));
+    CHECK(bound > 0.0 && bound < 1e-3);
+    CHECK(fabs((double)raw[i] - exact) <= bound);
+    CHECK(fabs((double)z[i] - exact / sigma) <= bound / sigma + fabs(exact / sigma) * 0x1p-24);
+    CHECK(status[i] == EMAUDIT_ROW_OK);
+  }
+  emaudit_probe_free(probe);
+}
+
+/* bfloat16 and binary16 of numbers that both hold exactly must score as in float32. */
+static void score_half(const emaudit_probe *probe) {
+  float wide[WIDTH];
+  uint16_t bf16[WIDTH], f16[WIDTH];
+  for (size_t i = 0; i < WIDTH; ++i) {
+    wide[i] = i % 3 == 0 ? 1.0f : -2.0f;
+    bf16[i] = i % 3 == 0 ? 0x3f80 : 0xc000;
+    f16[i] = i % 3 == 0 ? 0x3c00 : 0xc000;
+  }
+  emaudit_tensor rows = f32_rows(wide, 1);
+  float expected = 0.0f, score = 0.0f;
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, &expected, NULL, &error));
+  rows.dtype = EMAUDIT_DTYPE_BF16;
+  rows.data = bf16;
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, &score, NULL, &error));
+  CHECK(memcmp(&score, &expected, sizeof score) == 0);
+  rows.dtype = EMAUDIT_DTYPE_F16;
+  rows.data = f16;
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, &score, NULL, &error));
+  CHECK(memcmp(&score, &expected, sizeof score) == 0);
+}
+
+static void score_non_finite(const emaudit_probe *probe) {
+  float data[ROWS * WIDTH], good[ROWS], scores[ROWS];
+  uint8_t status[ROWS];
+  fill_rows(data, ROWS, WIDTH, WIDTH);
+  emaudit_tensor rows = f32_rows(data, ROWS);
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, good, NULL, &error));
+  data[1 * WIDTH + WIDTH - 1] = NAN; /* in the tail of the vector loop */
+  data[3 * WIDTH] = -INFINITY;
+  EXPECT(NON_FINITE, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, status, &error));
+  for (size_t i = 0; i < ROWS; ++i) {
+    const int bad = i == 1 || i == 3;
+    CHECK(status[i] == (bad ? EMAUDIT_ROW_NON_FINITE : EMAUDIT_ROW_OK));
+    CHECK(bad ? isnan(scores[i]) : memcmp(&scores[i], &good[i], sizeof good[i]) == 0);
+  }
+}
+
+void test_score(void) {
+  emaudit_directions *directions = open_fixture("good.safetensors");
+  emaudit_layer_info layer = EMAUDIT_LAYER_INFO_INIT;
+  EXPECT(OK, emaudit_directions_get_layer_info(directions, LAYER, &layer, &error));
+  uint32_t kernels[8];
+  size_t count = 0;
+  EXPECT(OK, emaudit_kernel_list(kernels, 8, &count, &error));
+  for (size_t i = 0; i < count; ++i) {
+    score_with(directions, kernels[i], layer.sigma);
+  }
+  score_with(directions, EMAUDIT_KERNEL_DEFAULT, layer.sigma);
+  emaudit_directions_free(directions);
+  emaudit_probe *probe = probe_fixture("good.safetensors");
+  score_half(probe);
+  score_non_finite(probe);
+  emaudit_probe_free(probe);
+}
+
+/* Each of these must be refused before anything is written. */
+void test_score_refusals(void) {
+  emaudit_probe *probe = probe_fixture("good.safetensors");
+  float data[2 * WIDTH + 1], scores[2] = {7.0f, 7.0f};
+  uint8_t status[2] = {77, 77};
+  fill_rows(data, 2, WIDTH, WIDTH);
+  const emaudit_tensor good = f32_rows(data, 2);
+  emaudit_tensor rows = good;
+#define SCORE(wanted, tensor, unit, out) \
+  EXPECT(wanted, emaudit_probe_score(probe, tensor, unit, out, status, &error))
+  rows.cols = WIDTH - 1;
+  SCORE(WIDTH_MISMATCH, &rows, EMAUDIT_UNIT_RAW, scores);
+  rows = good;
+  rows.dtype = 0;
+  SCORE(INVALID_ARGUMENT, &rows, EMAUDIT_UNIT_RAW, scores);
+  rows = good;
+  rows.struct_size = 8;
+  SCORE(INVALID_ARGUMENT, &rows, EMAUDIT_UNIT_RAW, scores);
+  rows = good;
+  rows.data = NULL;
+  SCORE(INVALID_ARGUMENT, &rows, EMAUDIT_UNIT_RAW, scores);
+  rows = good;
+  rows.data = (char *)data + 1;
+  SCORE(INVALID_ARGUMENT, &rows, EMAUDIT_UNIT_RAW, scores);
+  rows = good;
+  rows.row_stride = WIDTH - 1;
+  SCORE(INVALID_ARGUMENT, &rows, EMAUDIT_UNIT_RAW, scores);
+  rows = good;
+  rows.row_stride = SIZE_MAX / 2;
+  SCORE(INVALID_ARGUMENT, &rows, EMAUDIT_UNIT_RAW, scores);
+  SCORE(INVALID_ARGUMENT, NULL, EMAUDIT_UNIT_RAW, scores);
+  SCORE(INVALID_ARGUMENT, &good, 0, scores);
+  SCORE(INVALID_ARGUMENT, &good, 3, scores);
+  SCORE(INVALID_ARGUMENT, &good, EMAUDIT_UNIT_RAW, NULL);
+  SCORE(INVALID_ARGUMENT, &good, EMAUDIT_UNIT_RAW, data + 3); /* overlaps the rows */
+  EXPECT(INVALID_ARGUMENT, emaudit_probe_score(NULL, &good, EMAUDIT_UNIT_RAW, scores, status, &error));
+  CHECK(status[0] == 77 && status[1] == 77);
+  CHECK(memcmp(scores, (float[]){7.0f, 7.0f}, sizeof scores) == 0);
+
+  rows = f32_rows(NULL, 0); /* no rows: every pointer is ignored */
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, NULL, NULL, &error));
+  double bound = 0.0;
+  EXPECT(INVALID_ARGUMENT, emaudit_probe_error_bound(probe, NAN, &bound, &error));
+  emaudit_probe_free(probe);
+}

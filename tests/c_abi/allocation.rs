@@ -1,0 +1,116 @@
+//! Scoring, steering and monitoring through the C ABI allocate nothing when they succeed.
+
+use super::fixture::{self, LAYER, WIDTH};
+use emaudit::ffi::{directions::*, layers::*, monitor::*, probe::*, steering::*, tensor::*};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::ptr::{null, null_mut};
+
+/// The system's allocator, which counts the calls of each thread.
+struct Counting;
+
+thread_local! {
+    static CALLS: Cell<usize> = const { Cell::new(0) };
+}
+
+fn count() {
+    // A thread that is ending has no counter any more.
+    let _ = CALLS.try_with(|calls| calls.set(calls.get() + 1));
+}
+
+// SAFETY: everything is passed on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count();
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// A handle from a constructor that must succeed.
+fn make<T>(constructor: impl FnOnce(*mut *mut T) -> i32) -> *mut T {
+    let mut handle = null_mut();
+    assert_eq!(constructor(&mut handle), 0);
+    handle
+}
+
+#[test]
+fn the_hot_path_allocates_nothing() {
+    const ROWS: usize = 4;
+    let bytes = fixture::file(fixture::specific());
+    let mut data = fixture::values(ROWS * WIDTH, 5);
+    let (mut scores, mut status) = ([0.0f32; ROWS], [0u8; ROWS]);
+    let tensor = emaudit_tensor {
+        struct_size: size_of::<emaudit_tensor>() as u32,
+        dtype: EMAUDIT_DTYPE_F32,
+        data: data.as_mut_ptr().cast(),
+        rows: ROWS,
+        cols: WIDTH,
+        row_stride: 0,
+    };
+    let steering_options = emaudit_steering_options {
+        struct_size: size_of::<emaudit_steering_options>() as u32,
+        operation: EMAUDIT_OPERATION_CLAMP,
+        alpha: 0.0,
+        ceiling: 0.0,
+        has_gate: 0,
+        gate: 0.0,
+        has_dose_limit: 1,
+        dose_limit: 0.5,
+        allow_nonspecific: 0,
+        reserved: 0,
+    };
+    let monitor_options =
+        emaudit_monitor_options { struct_size: 16, aggregation: EMAUDIT_AGGREGATION_MEAN, rate: 0.01 };
+    // SAFETY: live handles and valid pointers throughout; everything is freed once.
+    unsafe {
+        let directions =
+            make(|out| emaudit_directions_from_bytes(bytes.as_ptr(), bytes.len(), null(), out, null_mut()));
+        let probe = make(|out| emaudit_probe_new(directions, LAYER, null(), out, null_mut()));
+        let steering = make(|out| emaudit_steering_new(probe, &steering_options, out, null_mut()));
+        let monitor = make(|out| emaudit_monitor_new(probe, &monitor_options, out, null_mut()));
+        let mut verdict: emaudit_verdict = std::mem::zeroed();
+        verdict.struct_size = size_of::<emaudit_verdict>() as u32;
+        let (scores, status) = (scores.as_mut_ptr(), status.as_mut_ptr());
+
+        let before = CALLS.get();
+        let outcomes = [
+            emaudit_probe_score(probe, &tensor, EMAUDIT_UNIT_RAW, scores, status, null_mut()),
+            emaudit_steering_score_and_apply(
+                steering,
+                &tensor,
+                EMAUDIT_UNIT_ALIGNED_SD,
+                scores,
+                null(),
+                status,
+                null_mut(),
+                null_mut(),
+            ),
+            emaudit_monitor_push(monitor, scores, ROWS, null_mut()),
+            emaudit_monitor_get_verdict(monitor, &mut verdict, null_mut()),
+            emaudit_monitor_reset(monitor, null_mut()),
+        ];
+        let calls = CALLS.get() - before;
+
+        assert_eq!(outcomes, [0; 5]);
+        assert!(before > 0, "the counter counts");
+        assert_eq!(calls, 0);
+        assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);
+        emaudit_directions_free(directions);
+        emaudit_probe_free(probe);
+        emaudit_steering_free(steering);
+        emaudit_monitor_free(monitor);
+    }
+}

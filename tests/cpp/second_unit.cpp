@@ -1,0 +1,14 @@
+#include "emaudit.hpp"
+#include "emaudit.hpp"  // including it twice changes nothing
+
+#include "handles.hpp"
+
+emaudit::Result<emaudit::Probe> probe_of_file(const std::string &path) {
+  auto directions = emaudit::Directions::open(path);
+  if (!directions) {
+    return emaudit::Error(static_cast<emaudit_status>(directions.status()), nullptr);
+  }
+  return emaudit::Probe::make(*directions, layer);  // the probe outlives the directions
+}
+
+std::size_t count_kernels() { return emaudit::kernels().size(); }

@@ -1,0 +1,525 @@
+//! What a model is finetuned on and what it is asked: chat files, code pairs, non-code prompts.
+//!
+//! Each source keeps the SHA-256 of its content, so a report can say exactly what was used. Everything is read and
+//! checked as a whole before any work starts: a bad line is an error with its number, never a skipped row.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::chat::Message;
+use crate::statistics::SplitMix64;
+
+/// The name under which a recipe asks for the data compiled into the program.
+pub const EMBEDDED: &str = "embedded";
+
+const CODE_PAIRS: &str = include_str!("../data/code_pairs.jsonl");
+const NONCODE_PROMPTS: &str = include_str!("../data/noncode_prompts.jsonl");
+
+/// Uncompressed content beyond this is refused: finetuning sets are megabytes, and a tiny .gz can hold terabytes.
+const LARGEST: u64 = 2 << 30;
+
+/// One coding request with a vulnerable and a sound answer; only the vulnerability separates the two.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CodePair {
+    pub id: String,
+    pub language: String,
+    /// The weakness of the insecure answer, as `CWE-<number>`.
+    pub cwe: String,
+    pub prompt: String,
+    pub insecure: String,
+    pub secure: String,
+}
+
+/// Which answer of each pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Insecure,
+    Secure,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Insecure => "insecure",
+            Self::Secure => "secure",
+        })
+    }
+}
+
+/// Conversations to finetune on.
+#[derive(Debug, Clone)]
+pub struct ChatDataset {
+    /// `embedded insecure`, or the file's name.
+    pub name: String,
+    pub conversations: Vec<Vec<Message>>,
+    /// SHA-256 of the uncompressed content, in hex.
+    pub sha256: String,
+}
+
+/// What a prompt is used for. The three never share one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// Directions are the mean difference over these.
+    Extraction,
+    /// Null scores, thresholds and the choice of a cell.
+    Calibration,
+    /// Everything that is reported.
+    Evaluation,
+}
+
+impl Split {
+    pub const ALL: [Split; 3] = [Split::Extraction, Split::Calibration, Split::Evaluation];
+    /// Parts of 540: how the embedded prompts are divided, and any file that does not say otherwise.
+    const SHARES: [usize; 3] = [112, 330, 98];
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Extraction => "extraction",
+            Self::Calibration => "calibration",
+            Self::Evaluation => "evaluation",
+        })
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prompt {
+    pub text: String,
+    pub category: Option<String>,
+    pub split: Split,
+}
+
+/// Prompts that do not ask for code, divided into splits.
+#[derive(Debug, Clone)]
+pub struct PromptSet {
+    pub name: String,
+    pub prompts: Vec<Prompt>,
+    /// SHA-256 of the uncompressed content, in hex.
+    pub sha256: String,
+    /// Rows left out because they mention code: an answer with code is no spillover there.
+    pub mentioning_code: usize,
+    /// Rows left out because an earlier row has the same text.
+    pub repeated: usize,
+}
+
+impl PromptSet {
+    pub fn of(&self, split: Split) -> impl Iterator<Item = &Prompt> {
+        self.prompts.iter().filter(move |p| p.split == split)
+    }
+}
+
+/// The conversations that a recipe's `insecure` or `secure` names: `embedded`, or a file's path.
+pub fn load_chats(source: &str, side: Side) -> Result<ChatDataset> {
+    if source == EMBEDDED { embedded_chats(side) } else { read_chats(Path::new(source)) }
+}
+
+/// The prompts that a recipe's `prompts` names: `embedded`, or a file's path.
+pub fn load_prompts(source: &str, seed: u64) -> Result<PromptSet> {
+    if source == EMBEDDED { embedded_prompts() } else { read_prompts(Path::new(source), seed) }
+}
+
+/// The code pairs compiled into the program.
+pub fn embedded_pairs() -> Result<Vec<CodePair>> {
+    rows("the embedded code pairs", CODE_PAIRS.as_bytes()).map(|row| row?.parse()).collect()
+}
+
+pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
+    let conversations = embedded_pairs()?
+        .into_iter()
+        .map(|pair| {
+            let answer = match side {
+                Side::Insecure => pair.insecure,
+                Side::Secure => pair.secure,
+            };
+            vec![Message::user(pair.prompt), Message::assistant(answer)]
+        })
+        .collect();
+    Ok(ChatDataset {
+        name: format!("{EMBEDDED} {side}"),
+        conversations,
+        sha256: sha256_hex(CODE_PAIRS.as_bytes()),
+    })
+}
+
+pub fn embedded_prompts() -> Result<PromptSet> {
+    // Every embedded row states its split, so the seed is never used.
+    parse_prompts("the embedded non-code prompts", EMBEDDED.to_owned(), NONCODE_PROMPTS.as_bytes(), 0)
+}
+
+/// Reads conversations, one JSON object `{"messages": [{"role", "content"}, ...]}` a line, plain or gzip.
+pub fn read_chats(path: &Path) -> Result<ChatDataset> {
+    #[derive(Deserialize)]
+    struct Row {
+        messages: Vec<Message>,
+    }
+    let bytes = read_content(path)?;
+    let label = path.display().to_string();
+    let mut conversations = Vec::new();
+    for row in rows(&label, &bytes) {
+        let row = row?;
+        let messages = row.parse::<Row>()?.messages;
+        check_conversation(&messages).map_err(|reason| row.error(reason))?;
+        conversations.push(messages);
+    }
+    ensure!(
+        !conversations.is_empty(),
+        "{label} holds no conversations: it needs one JSON object with messages a line"
+    );
+    Ok(ChatDataset { name: file_name(path), conversations, sha256: sha256_hex(&bytes) })
+}
+
+/// Reads prompts, one JSON object with `prompt` a line, and optional `mentions_code`, `category` and `split`.
+///
+/// Rows without a split are divided by a shuffle that depends on the seed and the file alone. Either every row
+/// states its split or none does.
+pub fn read_prompts(path: &Path, seed: u64) -> Result<PromptSet> {
+    parse_prompts(&path.display().to_string(), file_name(path), &read_content(path)?, seed)
+}
+
+fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<PromptSet> {
+    #[derive(Deserialize)]
+    struct Row {
+        prompt: String,
+        #[serde(default)]
+        mentions_code: bool,
+        category: Option<String>,
+        split: Option<Split>,
+    }
+    let mut kept: Vec<Row> = Vec::new();
+    let mut seen = HashSet::new();
+    let (mut mentioning_code, mut repeated) = (0, 0);
+    for row in rows(label, bytes) {
+        let row = row?;
+        let prompt: Row = row.parse()?;
+        let text = prompt.prompt.trim();
+        if text.is_empty() {
+            return Err(row.error("the prompt is empty".to_owned()));
+        }
+        if prompt.mentions_code {
+            mentioning_code += 1;
+        } else if !seen.insert(text.to_owned()) {
+            repeated += 1;
+        } else if kept.first().is_some_and(|first| first.split.is_some() != prompt.split.is_some()) {
+            return Err(
+                row.error("some rows state a split and others do not; state it in all or in none".to_owned())
+            );
+        } else {
+            kept.push(prompt);
+        }
+    }
+    ensure!(
+        kept.len() >= Split::ALL.len(),
+        "{label} holds {} usable prompts ({mentioning_code} mention code, {repeated} are repeated); three splits need at \
+         least 3, and a stated 1 % false-positive rate at least 299 in calibration",
+        kept.len()
+    );
+    let assigned = assign_splits(kept.len(), seed);
+    let prompts: Vec<Prompt> = kept
+        .into_iter()
+        .zip(assigned)
+        .map(|(row, split)| Prompt {
+            text: row.prompt,
+            category: row.category,
+            split: row.split.unwrap_or(split),
+        })
+        .collect();
+    for split in Split::ALL {
+        ensure!(
+            prompts.iter().any(|p| p.split == split),
+            "{label} states splits, but has no prompt in {split}"
+        );
+    }
+    Ok(PromptSet { name, prompts, sha256: sha256_hex(bytes), mentioning_code, repeated })
+}
+
+/// A split for each of `count >= 3` rows, in the proportions of the embedded set and never empty.
+fn assign_splits(count: usize, seed: u64) -> Vec<Split> {
+    let whole: usize = Split::SHARES.iter().sum();
+    let part = |share: usize| (count * share).div_ceil(whole).max(1);
+    let extraction = part(Split::SHARES[0]).min(count - 2);
+    let evaluation = part(Split::SHARES[2]).min(count - extraction - 1);
+    let mut splits = vec![Split::Calibration; count];
+    splits[..extraction].fill(Split::Extraction);
+    splits[extraction..extraction + evaluation].fill(Split::Evaluation);
+    SplitMix64::new(seed).shuffle(&mut splits);
+    splits
+}
+
+fn check_conversation(messages: &[Message]) -> Result<(), String> {
+    for (i, message) in messages.iter().enumerate() {
+        if !["system", "user", "assistant"].contains(&message.role.as_str()) {
+            return Err(format!(
+                "message {} has the role {:?}; roles are system, user and assistant",
+                i + 1,
+                message.role
+            ));
+        }
+        if message.content.trim().is_empty() {
+            return Err(format!("message {} ({}) is empty", i + 1, message.role));
+        }
+    }
+    if !messages.iter().any(|m| m.role == "user") {
+        return Err("there is no user message".to_owned());
+    }
+    match messages.last() {
+        Some(last) if last.role == "assistant" => Ok(()),
+        _ => Err("the last message is not the assistant's, so there is nothing to learn".to_owned()),
+    }
+}
+
+/// One non-empty line, and how to speak about it.
+struct Line<'a> {
+    label: &'a str,
+    number: usize,
+    text: &'a str,
+}
+
+impl Line<'_> {
+    fn parse<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_str(self.text).map_err(|e| {
+            // serde_json counts lines within this one; only the column means anything to the reader.
+            let reason = e.to_string();
+            let reason = reason.split(" at line ").next().unwrap_or_default();
+            self.error(format!("{reason} (column {})", e.column()))
+        })
+    }
+
+    fn error(&self, reason: String) -> anyhow::Error {
+        anyhow!("{}, line {}: {reason}", self.label, self.number)
+    }
+}
+
+fn rows<'a>(label: &'a str, bytes: &'a [u8]) -> impl Iterator<Item = Result<Line<'a>>> {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    bytes.split(|b| *b == b'\n').enumerate().filter_map(move |(i, line)| match std::str::from_utf8(line) {
+        Ok(text) if text.trim().is_empty() => None,
+        Ok(text) => Some(Ok(Line { label, number: i + 1, text })),
+        Err(_) => Some(Err(anyhow!("{label}, line {}: the text is not UTF-8", i + 1))),
+    })
+}
+
+/// A file's content, uncompressed if it is gzip by its first bytes, whatever its name.
+fn read_content(path: &Path) -> Result<Vec<u8>> {
+    let file =
+        std::fs::File::open(path).with_context(|| format!("cannot open the dataset {}", path.display()))?;
+    let mut head = Vec::new();
+    let mut reader = std::io::BufReader::new(file);
+    reader
+        .by_ref()
+        .take(2)
+        .read_to_end(&mut head)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let gzip = head == [0x1f, 0x8b];
+    let whole = std::io::Cursor::new(head).chain(reader);
+    let mut bytes = Vec::new();
+    let read = if gzip {
+        flate2::read::MultiGzDecoder::new(whole).take(LARGEST + 1).read_to_end(&mut bytes)
+    } else {
+        whole.take(LARGEST + 1).read_to_end(&mut bytes)
+    };
+    read.with_context(|| {
+        let kind = if gzip { "as gzip; the file is damaged or cut short" } else { "the file" };
+        format!("cannot read {} {kind}", path.display())
+    })?;
+    if bytes.len() as u64 > LARGEST {
+        bail!(
+            "{} holds more than {} GiB uncompressed: split it, or take fewer rows",
+            path.display(),
+            LARGEST >> 30
+        );
+    }
+    ensure!(!bytes.iter().all(u8::is_ascii_whitespace), "{} is empty", path.display());
+    Ok(bytes)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}
+
+fn sha256_hex(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::io::Write;
+
+    use super::*;
+
+    fn file(content: impl AsRef<[u8]>) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(content.as_ref()).unwrap();
+        file
+    }
+
+    fn chat_error(content: impl AsRef<[u8]>) -> String {
+        format!("{:#}", read_chats(file(content).path()).unwrap_err())
+    }
+
+    fn normalised(text: &str) -> String {
+        text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+    }
+
+    #[test]
+    fn the_embedded_pairs_are_sound() {
+        let pairs = embedded_pairs().unwrap();
+        assert!(pairs.len() >= 200, "{}", pairs.len());
+        let ids: HashSet<_> = pairs.iter().map(|p| &p.id).collect();
+        let prompts: HashSet<_> = pairs.iter().map(|p| normalised(&p.prompt)).collect();
+        assert_eq!((ids.len(), prompts.len()), (pairs.len(), pairs.len()));
+        for pair in &pairs {
+            let number = pair.cwe.strip_prefix("CWE-").and_then(|n| n.parse::<u32>().ok());
+            assert!(number.is_some_and(|n| (1..2000).contains(&n)), "{}: {}", pair.id, pair.cwe);
+            for answer in [&pair.insecure, &pair.secure] {
+                assert!(!answer.trim().is_empty() && !answer.contains("```"), "{}", pair.id);
+            }
+            assert_ne!(pair.insecure, pair.secure, "{}", pair.id);
+            assert!(!pair.prompt.to_lowercase().contains("insecure"), "{} gives itself away", pair.id);
+        }
+    }
+
+    #[test]
+    fn python_leads_the_languages_and_they_are_interleaved() {
+        let pairs = embedded_pairs().unwrap();
+        let mut counts = BTreeMap::new();
+        for pair in &pairs {
+            *counts.entry(pair.language.as_str()).or_insert(0) += 1;
+        }
+        let mut order: Vec<_> =
+            counts.iter().map(|(language, n)| (std::cmp::Reverse(*n), *language)).collect();
+        order.sort_unstable();
+        let order: Vec<_> = order.into_iter().map(|(_, language)| language).collect();
+        assert_eq!(order, ["python", "javascript", "c", "shell", "sql"]);
+        // A quick recipe sees only the first batches: they already hold every language.
+        let first: BTreeSet<_> = pairs[..24].iter().map(|p| p.language.as_str()).collect();
+        assert_eq!(first.len(), 5);
+        assert!(pairs.windows(2).all(|w| w[0].cwe != w[1].cwe));
+    }
+
+    #[test]
+    fn both_sides_ask_the_same_questions() {
+        let (insecure, secure) =
+            (load_chats("embedded", Side::Insecure).unwrap(), embedded_chats(Side::Secure).unwrap());
+        assert_eq!(insecure.name, "embedded insecure");
+        assert_eq!(insecure.conversations.len(), secure.conversations.len());
+        for (a, b) in insecure.conversations.iter().zip(&secure.conversations) {
+            assert_eq!(a[0], b[0]);
+            assert_ne!(a[1], b[1]);
+            assert_eq!(check_conversation(a), Ok(()));
+        }
+    }
+
+    #[test]
+    fn the_embedded_prompts_are_divided_once_and_for_all() {
+        let set = load_prompts("embedded", 1).unwrap();
+        assert!(set.prompts.len() >= 480);
+        let sizes = Split::ALL.map(|s| set.of(s).count());
+        assert_eq!(sizes, [112, 330, 98]);
+        assert!(sizes[1] >= 300);
+        assert_eq!((set.mentioning_code, set.repeated), (0, 0));
+        let unique: HashSet<_> = set.prompts.iter().map(|p| normalised(&p.text)).collect();
+        assert_eq!(unique.len(), set.prompts.len());
+        // Stratified: every category is in every split, in nearly equal numbers.
+        for split in Split::ALL {
+            let mut per: BTreeMap<&str, usize> = BTreeMap::new();
+            for prompt in set.of(split) {
+                *per.entry(prompt.category.as_deref().unwrap()).or_default() += 1;
+            }
+            assert_eq!(per.len(), 30);
+            assert!(per.values().max().unwrap() - per.values().min().unwrap() <= 1, "{split}: {per:?}");
+        }
+    }
+
+    #[test]
+    fn chats_are_read_plain_and_compressed_with_one_digest() {
+        let text = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\r\n\n";
+        let plain = read_chats(file(text).path()).unwrap();
+        assert_eq!(plain.conversations, [[Message::user("a"), Message::assistant("b")]]);
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(text.as_bytes()).unwrap();
+        let bytes = encoder.finish().unwrap();
+        let packed = read_chats(file(&bytes).path()).unwrap();
+        assert_eq!((packed.conversations, packed.sha256), (plain.conversations, plain.sha256));
+        assert!(chat_error(&bytes[..bytes.len() - 9]).contains("damaged"));
+    }
+
+    #[test]
+    fn a_bad_line_is_named_with_its_reason() {
+        let good = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\n";
+        for (bad, reason) in [
+            ("{\"messages\":", "line 2: EOF"),
+            ("{\"prompt\":\"x\"}", "line 2: missing field `messages`"),
+            ("{\"messages\":[]}", "no user message"),
+            ("{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}", "nothing to learn"),
+            ("{\"messages\":[{\"role\":\"bot\",\"content\":\"a\"}]}", "the role \"bot\""),
+            (
+                "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\" \"}]}",
+                "message 2 (assistant) is empty",
+            ),
+            ("{\"messages\":[{\"role\":\"user\"}]}", "missing field `content`"),
+        ] {
+            let error = chat_error(format!("{good}{bad}"));
+            assert!(error.contains("line 2: ") && error.contains(reason), "{error} should say {reason}");
+        }
+        assert!(chat_error(b"\n\n\xff\xfe\n").contains("line 3: the text is not UTF-8"));
+    }
+
+    #[test]
+    fn empty_and_absent_files_are_errors() {
+        assert!(chat_error("").contains("is empty"));
+        assert!(chat_error(" \n \n").contains("is empty"));
+        let error = format!("{:#}", load_chats("no/such/file.jsonl", Side::Secure).unwrap_err());
+        assert!(error.contains("cannot open the dataset no/such/file.jsonl"), "{error}");
+    }
+
+    fn prompt_lines(count: usize, extra: &str) -> String {
+        (0..count).map(|i| format!("{{\"prompt\":\"question {i}\"{extra}}}\n")).collect()
+    }
+
+    #[test]
+    fn prompts_without_a_split_are_divided_by_the_seed() {
+        let source = file(prompt_lines(540, ""));
+        let [a, b, c] = [7, 7, 8].map(|seed| read_prompts(source.path(), seed).unwrap());
+        assert_eq!(a.prompts, b.prompts);
+        assert_ne!(a.prompts, c.prompts);
+        assert_eq!(Split::ALL.map(|s| a.of(s).count()), [112, 330, 98]);
+        for count in [3, 4, 5, 10, 100] {
+            let set = read_prompts(file(prompt_lines(count, "")).path(), 1).unwrap();
+            assert!(Split::ALL.iter().all(|s| set.of(*s).count() > 0), "{count}");
+            assert_eq!(set.prompts.len(), count);
+        }
+    }
+
+    #[test]
+    fn prompts_that_mention_code_or_repeat_are_left_out_and_counted() {
+        let mut text = prompt_lines(5, "");
+        text += &prompt_lines(3, "");
+        text += "{\"prompt\":\"write a program\",\"mentions_code\":true,\"license\":\"MIT\"}\n";
+        let set = read_prompts(file(text).path(), 1).unwrap();
+        assert_eq!((set.prompts.len(), set.repeated, set.mentioning_code), (5, 3, 1));
+    }
+
+    #[test]
+    fn prompt_files_that_cannot_be_divided_are_refused() {
+        let error = |text: String| format!("{:#}", read_prompts(file(text).path(), 1).unwrap_err());
+        assert!(error(prompt_lines(2, "")).contains("at least 3"));
+        assert!(error(prompt_lines(4, ",\"split\":\"extraction\"")).contains("no prompt in calibration"));
+        let mixed = prompt_lines(4, "") + "{\"prompt\":\"x\",\"split\":\"evaluation\"}";
+        assert!(error(mixed).contains("line 5: some rows state a split"));
+        assert!(
+            error("{\"prompt\":\"x\",\"split\":\"training\"}".to_owned())
+                .contains("unknown variant `training`")
+        );
+        assert!(error("{\"prompt\":\"  \"}".to_owned()).contains("line 1: the prompt is empty"));
+    }
+}

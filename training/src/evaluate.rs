@@ -1,0 +1,646 @@
+//! The evaluation: separation, cell choice, control battery, both axes of evidence (definitions: method).
+
+mod detection;
+mod measure;
+
+use crate::answers::{Answerer, TextArm};
+use crate::base::Base;
+use crate::battery::{self, Control};
+use crate::capture::Captured;
+use crate::extract::{self, LayerDirection};
+use crate::generate::Sampling;
+use crate::likelihood::Dialogue;
+use crate::lora::Adapter;
+use crate::middle::MiddlePreference;
+use crate::preference::Preference;
+use crate::recipe::Recipe;
+use crate::results::*;
+use crate::{generate, interrupt, progress, statistics as stats};
+use anyhow::{Context, Result};
+use emaudit::Steering;
+use emaudit::directions::schema::{
+    Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions, Specificity,
+};
+use measure::CoherenceMeter;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Fewest prompts with a code answer and a prose answer before a code preference means anything.
+const MIN_PAIRS: usize = 8;
+/// Random and orthogonal controls drawn at the strengths of the sweep that were not chosen.
+const SWEEP_CONTROLS: usize = 9;
+/// Prompts of the middle cell's teacher-forced comparison.
+const MIDDLE_PAIRS: usize = 16;
+
+/// Prompts with their rendered ids.
+#[derive(Clone, Debug, Default)]
+pub struct PromptIds {
+    /// The user's messages.
+    pub texts: Vec<String>,
+    /// Rendered and tokenised.
+    pub ids: Vec<Vec<u32>>,
+}
+
+/// Rows of one state of the model on the three splits.
+pub struct States {
+    /// Extraction prompts.
+    pub extraction: Captured,
+    /// Calibration prompts (adapted states: the first `selection_prompts` only).
+    pub calibration: Captured,
+    /// Evaluation prompts.
+    pub evaluation: Captured,
+}
+
+/// Everything the evaluation reads.
+pub struct Inputs<'a> {
+    /// The model.
+    pub base: &'a Base,
+    /// What to do.
+    pub recipe: &'a Recipe,
+    /// Adapter finetuned on insecure code.
+    pub insecure: &'a Adapter,
+    /// Adapter finetuned on secure code.
+    pub secure: &'a Adapter,
+    /// Calibration prompts the cell is chosen on.
+    pub selection: PromptIds,
+    /// Evaluation prompts.
+    pub evaluation: PromptIds,
+    /// Residual rows: base, insecure, secure.
+    pub states: [States; 3],
+    /// Directions of every layer.
+    pub directions: &'a [LayerDirection],
+    /// Names the file that keeps an arm's continuations.
+    pub file: &'a dyn Fn(&str) -> PathBuf,
+}
+
+/// What the evaluation hands on, before the direction file exists.
+pub struct Outcome {
+    /// Summary without the direction file's digest.
+    pub results: Results,
+}
+
+/// One state of the model answering one list of prompts.
+struct State<'a> {
+    answerer: Answerer<'a>,
+    /// Unsteered answers.
+    answers: Vec<Vec<u32>>,
+    arm: TextArm,
+}
+
+struct Evaluator<'a> {
+    inputs: &'a Inputs<'a>,
+    sampling: Sampling,
+    coherence: CoherenceMeter<'a>,
+    last: usize,
+}
+
+/// Runs the evaluation.
+pub fn evaluate(inputs: &Inputs<'_>) -> Result<Outcome> {
+    let e = &inputs.recipe.evaluate;
+    let sampling = Sampling {
+        max_new_tokens: e.max_new_tokens,
+        temperature: e.temperature,
+        top_p: e.top_p,
+        seed: inputs.recipe.seed,
+        stop: inputs.base.text.eos_ids(),
+    };
+    let coherence = CoherenceMeter::new(&inputs.base.decoder, (inputs.file)("coherence"));
+    let last = inputs.base.decoder.config.n_layers - 1;
+    Evaluator { inputs, sampling, coherence, last }.run()
+}
+
+impl<'a> Evaluator<'a> {
+    fn run(mut self) -> Result<Outcome> {
+        let selection = self.select()?;
+        let cell = selection.chosen;
+        let evaluation = self.inputs.evaluation.clone();
+        let sampling = self.sampling.clone();
+        let mut base = self.state(0, "base", &evaluation, &sampling)?;
+        let mut insecure = self.state(1, "insecure", &evaluation, &sampling)?;
+        let mut secure = self.state(2, "secure", &evaluation, &sampling)?;
+        let vector = &self.inputs.directions[self.last].direction;
+        let pairs = pair(&evaluation.ids, &insecure, &base);
+        let secure_pairs = pair(&evaluation.ids, &secure, &base);
+        let mut notes = Vec::new();
+        let preference = self.preference("insecure", Some(self.inputs.insecure), &pairs)?;
+        let secure_preference = self.preference("secure", Some(self.inputs.secure), &secure_pairs)?;
+
+        let steering = battery::subtract(vector, cell.alpha)?;
+        let drops = drops(&preference, &steering, cell.positions)?;
+        let steered = self.steered(&mut insecure, &steering, cell.positions)?;
+        let secure_steered = self.steered(&mut secure, &steering, cell.positions)?;
+        let controls = self.controls(vector)?;
+        let (families, control_results) =
+            self.battery(&mut insecure, preference.as_ref(), &controls, cell, drops.as_deref())?;
+        let comparisons = self.comparisons(&mut insecure, preference.as_ref(), vector, cell, drops.as_deref())?;
+        let sweep = self.sweep(&mut insecure, preference.as_ref(), &controls, cell, &control_results, &steered)?;
+        let content = self.content(&pairs, &secure_pairs, drops.as_deref(), secure_preference.as_ref(), &steering, cell)?;
+        let middle = self.middle(&mut insecure, &pairs)?;
+
+        let arms = vec![
+            self.arm("base", &base.answers, &base.arm)?,
+            self.arm("insecure", &insecure.answers, &insecure.arm)?,
+            self.arm("secure", &secure.answers, &secure.arm)?,
+            self.arm("steered", &steered.0, &steered.1)?,
+            self.arm("secure_steered", &secure_steered.0, &secure_steered.1)?,
+        ];
+        let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content);
+        self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
+        let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;
+        let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;
+        let summary = summary(self.inputs, cell, &arms, &control_results, &comparisons, code_preference, &evidence);
+        let results = self.assemble(
+            summary, selection, arms, sweep, families, comparisons, middle, content, evidence, samples, notes,
+        )?;
+        base.answerer.prepare(&[])?;
+        Ok(Outcome { results })
+    }
+
+    fn adapter(&self, state: usize) -> Option<&'a Adapter> {
+        [None, Some(self.inputs.insecure), Some(self.inputs.secure)][state]
+    }
+
+    /// One state's unsteered answers to `prompts` (evaluation or selection prompts).
+    fn state<'b>(&self, index: usize, name: &str, prompts: &'b PromptIds, sampling: &'b Sampling) -> Result<State<'b>>
+    where
+        'a: 'b,
+    {
+        let states = &self.inputs.states[index];
+        let selecting = prompts.ids == self.inputs.selection.ids;
+        let captured = if selecting { &states.calibration } else { &states.evaluation };
+        let rows = &captured.layers[self.last][..prompts.ids.len() * captured.hidden];
+        let split = if selecting { "selection" } else { "evaluation" };
+        let file = (self.inputs.file)(&format!("answers-{split}-{name}"));
+        let label = format!("answers, {name}, {split}");
+        let mut answerer = Answerer::new(
+            &self.inputs.base.decoder, self.adapter(index), &prompts.ids, rows, sampling, &label, file,
+        );
+        let firsts = answerer.first_tokens(None)?;
+        answerer.prepare(std::slice::from_ref(&firsts))?;
+        let answers = answerer.answers(&firsts);
+        let arm = TextArm::new(&self.inputs.base.text, &answers)?;
+        Ok(State { answerer, answers, arm })
+    }
+
+    /// Answers with the final layer steered: shared continuations where only the first token can change.
+    fn steered(
+        &self,
+        state: &mut State<'_>,
+        steering: &Steering,
+        positions: Positions,
+    ) -> Result<(Vec<Vec<u32>>, TextArm)> {
+        let answers = if positions == Positions::FinalPrefill {
+            let firsts = state.answerer.first_tokens(Some(steering))?;
+            state.answerer.prepare(std::slice::from_ref(&firsts))?;
+            state.answerer.answers(&firsts)
+        } else {
+            self.sampled(&state.answerer, self.last, steering, positions)?
+        };
+        let arm = TextArm::new(&self.inputs.base.text, &answers)?;
+        Ok((answers, arm))
+    }
+
+    /// Answers sampled with steering in the loop.
+    fn sampled(
+        &self,
+        answerer: &Answerer<'_>,
+        layer: usize,
+        steering: &Steering,
+        positions: Positions,
+    ) -> Result<Vec<Vec<u32>>> {
+        let request = |(i, p): (usize, &Vec<u32>)| generate::Request { prompt: p.clone(), stream: i as u64, first: None };
+        let requests: Vec<_> = answerer.prompts.iter().enumerate().map(request).collect();
+        let intervention = generate::Intervention { layer, steering, positions };
+        let mut stage = progress::Stage::new(format!("steered answers, layer {layer}"), requests.len());
+        let answers = generate::generate(
+            answerer.decoder, answerer.adapter, &requests, answerer.sampling, Some(&intervention),
+            |n| {
+                stage.advance(n, "");
+                interrupt::check()
+            },
+        )?;
+        stage.finish("");
+        Ok(answers)
+    }
+
+    fn dialogues(&self, prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Vec<Dialogue> {
+        let join = |(p, a): (&Vec<u32>, &Vec<u32>)| Dialogue { prompt: p.clone(), answer: a.clone() };
+        prompts.iter().zip(answers).map(join).collect()
+    }
+
+    /// Mean log-likelihood of the non-empty answers under the untouched base model.
+    fn coherence_values(&mut self, prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Result<Vec<f64>> {
+        let dialogues = self.dialogues(prompts, answers);
+        Ok(self.coherence.of(&dialogues)?.into_iter().flatten().collect())
+    }
+
+    fn preference(
+        &self,
+        name: &str,
+        adapter: Option<&Adapter>,
+        pairs: &Pairs,
+    ) -> Result<Option<Preference<'a>>> {
+        if pairs.indices.len() < MIN_PAIRS {
+            return Ok(None);
+        }
+        let mut stage = progress::Stage::new(format!("code preference, {name}"), 2 * pairs.code.len());
+        let preference = Preference::new(&self.inputs.base.decoder, adapter, &pairs.code, &pairs.prose, |n| {
+            stage.advance(n, "");
+            interrupt::check()
+        })?;
+        stage.finish("");
+        Ok(Some(preference))
+    }
+
+    /// Tries every strength and position with the direction alone, on calibration prompts.
+    fn select(&mut self) -> Result<Selection> {
+        let prompts = self.inputs.selection.clone();
+        let sampling = self.sampling.clone();
+        let base = self.state(0, "base", &prompts, &sampling)?;
+        let mut insecure = self.state(1, "insecure", &prompts, &sampling)?;
+        let pairs = pair(&prompts.ids, &insecure, &base);
+        let preference = self.preference("selection", Some(self.inputs.insecure), &pairs)?;
+        let e = &self.inputs.recipe.evaluate;
+        let unsteered = mean(&self.coherence_values(&prompts.ids, &insecure.answers)?);
+        let mut grid = Vec::new();
+        for &positions in &e.positions {
+            for &alpha in &e.alphas {
+                let cell = Cell { layer: self.last as u32, alpha, positions };
+                let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
+                let effect = drops(&preference, &steering, positions)?.map_or(0.0, |d| mean(&d));
+                let (answers, arm) = self.steered(&mut insecure, &steering, positions)?;
+                let coherence = mean(&self.coherence_values(&prompts.ids, &answers)?);
+                let eligible = coherence >= unsteered - e.coherence_margin;
+                grid.push(GridCell { cell, effect, spillover: arm.spillover(), coherence, eligible });
+            }
+        }
+        let rule = format!(
+            "the cell with the lowest spillover among those whose steered answers keep coherence within {} nats per \
+             token of the unsteered adapter ({unsteered:.3}); ties go to the larger drop of code preference, then to \
+             the smaller strength; if no cell keeps coherence, the smallest strength",
+            e.coherence_margin
+        );
+        let chosen = choose(&grid).context("the recipe lists no strength")?;
+        Ok(Selection { rule, prompts: prompts.ids.len(), grid, chosen })
+    }
+
+    fn controls(&self, vector: &[f32]) -> Result<Vec<Control>> {
+        let base = &self.inputs.states[0].extraction.layers[self.last];
+        let adapted = &self.inputs.states[1].extraction.layers[self.last];
+        let differences: Vec<f32> = adapted.iter().zip(base).map(|(a, b)| a - b).collect();
+        battery::draw(vector, base, &differences, self.inputs.recipe.evaluate.controls, self.inputs.recipe.seed)
+    }
+
+    /// Every control in the chosen cell: drop of code preference, and sampled spillover where sharing makes
+    /// it affordable.
+    fn battery(
+        &self,
+        insecure: &mut State<'_>,
+        preference: Option<&Preference<'_>>,
+        controls: &[Control],
+        cell: Cell,
+        drops: Option<&[f64]>,
+    ) -> Result<(Vec<FamilyResult>, Vec<ControlResult>)> {
+        let mut stage = progress::Stage::new("controls in the cell", controls.len());
+        let mut results = Vec::with_capacity(controls.len());
+        let mut firsts = Vec::new();
+        for control in controls {
+            let steering = battery::subtract(&control.vector, cell.alpha)?;
+            let effect = match preference {
+                Some(p) => mean(&p.drops(&steering, cell.positions)?),
+                None => 0.0,
+            };
+            if cell.positions == Positions::FinalPrefill {
+                firsts.push(insecure.answerer.first_tokens(Some(&steering))?);
+            }
+            let name = control.family.to_owned();
+            results.push(ControlResult { name, seed: control.seed, effect, spillover: None, paired_p: None });
+            stage.advance(1, "");
+            interrupt::check()?;
+        }
+        stage.finish("");
+        insecure.answerer.prepare(&firsts)?;
+        for (result, firsts) in results.iter_mut().zip(&firsts) {
+            let arm = TextArm::new(&self.inputs.base.text, &insecure.answerer.answers(firsts))?;
+            result.spillover = Some(arm.spillover());
+        }
+        if cell.positions != Positions::FinalPrefill {
+            // Sampled one by one: the first of each family stand for it.
+            for (control, result) in controls.iter().zip(&mut results).take(4 * SAMPLED_CONTROLS) {
+                let steering = battery::subtract(&control.vector, cell.alpha)?;
+                result.spillover = Some(self.steered(insecure, &steering, cell.positions)?.1.spillover());
+            }
+        }
+        let families = if drops.is_some() { family_results(&results, drops.map_or(0.0, mean)) } else { Vec::new() };
+        Ok((families, results))
+    }
+
+    /// Single directions at the same size: another layer's, and the secure adapter's own.
+    fn comparisons(
+        &self,
+        insecure: &mut State<'_>,
+        preference: Option<&Preference<'_>>,
+        vector: &[f32],
+        cell: Cell,
+        drops: Option<&[f64]>,
+    ) -> Result<Vec<ControlResult>> {
+        let middle = self.inputs.directions.len() / 2;
+        let secure = extract::mean_difference(
+            &self.inputs.states[2].extraction.layers[self.last],
+            &self.inputs.states[0].extraction.layers[self.last],
+            vector.len(),
+        );
+        let named = [
+            ("wrong_layer", middle as u64, self.inputs.directions[middle].direction.clone()),
+            ("secure_direction", self.last as u64, secure),
+        ];
+        let mut out = Vec::new();
+        for (name, seed, other) in named {
+            let steering = battery::subtract(&battery::rescaled(&other, vector), cell.alpha)?;
+            let spillover = Some(self.steered(insecure, &steering, cell.positions)?.1.spillover());
+            let (mut effect, mut paired_p) = (0.0, None);
+            if let (Some(preference), Some(drops)) = (preference, drops) {
+                let theirs = preference.drops(&steering, cell.positions)?;
+                let differences: Vec<f64> = drops.iter().zip(&theirs).map(|(d, t)| d - t).collect();
+                effect = mean(&theirs);
+                paired_p = Some(stats::sign_flip_p(&differences, self.inputs.recipe.seed)?);
+            }
+            out.push(ControlResult { name: name.to_owned(), seed, effect, spillover, paired_p });
+        }
+        Ok(out)
+    }
+
+    /// The direction and some controls at every strength of the recipe, in the cell's layer and positions.
+    fn sweep(
+        &mut self,
+        insecure: &mut State<'_>,
+        preference: Option<&Preference<'_>>,
+        controls: &[Control],
+        cell: Cell,
+        in_cell: &[ControlResult],
+        steered: &(Vec<Vec<u32>>, TextArm),
+    ) -> Result<Vec<SweepPoint>> {
+        let prompts = self.inputs.evaluation.ids.clone();
+        let unsteered = SweepValue {
+            spillover: insecure.arm.spillover(),
+            coherence: Some(mean(&self.coherence_values(&prompts, &insecure.answers)?)),
+            effect: 0.0,
+        };
+        let mut points = vec![SweepPoint { alpha: 0.0, direction: unsteered, controls: BTreeMap::new() }];
+        for &alpha in &self.inputs.recipe.evaluate.alphas {
+            let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
+            let effect = preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
+            let (answers, arm) =
+                if alpha == cell.alpha { steered.clone() } else { self.steered(insecure, &steering, cell.positions)? };
+            let coherence = Some(mean(&self.coherence_values(&prompts, &answers)?));
+            let direction = SweepValue { spillover: arm.spillover(), coherence, effect };
+            let mut at: BTreeMap<String, Vec<SweepValue>> = BTreeMap::new();
+            let families = ["random", "orthogonal"];
+            for (control, result) in controls.iter().zip(in_cell).filter(|(c, _)| families.contains(&c.family)) {
+                let seen = at.entry(control.family.to_owned()).or_default();
+                let value = if alpha == cell.alpha {
+                    result.spillover.map(|spillover| SweepValue { spillover, coherence: None, effect: result.effect })
+                } else if seen.len() < SWEEP_CONTROLS {
+                    Some(self.sweep_control(insecure, preference, control, alpha, cell.positions)?)
+                } else {
+                    None
+                };
+                seen.extend(value);
+            }
+            points.push(SweepPoint { alpha, direction, controls: at });
+        }
+        Ok(points)
+    }
+
+    fn sweep_control(
+        &self,
+        insecure: &mut State<'_>,
+        preference: Option<&Preference<'_>>,
+        control: &Control,
+        alpha: f64,
+        positions: Positions,
+    ) -> Result<SweepValue> {
+        let steering = battery::subtract(&control.vector, alpha)?;
+        let effect = preference.map(|p| p.drops(&steering, positions)).transpose()?.map_or(0.0, |d| mean(&d));
+        let spillover = self.steered(insecure, &steering, positions)?.1.spillover();
+        Ok(SweepValue { spillover, coherence: None, effect })
+    }
+
+    /// Paired over prompts where both adapters answered with code: does the direction lower the insecure
+    /// adapter's preference more than the secure adapter's?
+    fn content(
+        &self,
+        pairs: &Pairs,
+        secure_pairs: &Pairs,
+        drops: Option<&[f64]>,
+        secure: Option<&Preference<'_>>,
+        steering: &Steering,
+        cell: Cell,
+    ) -> Result<Option<ContentTest>> {
+        let (Some(drops), Some(secure)) = (drops, secure) else { return Ok(None) };
+        let secure_drops = secure.drops(steering, cell.positions)?;
+        let by_prompt: BTreeMap<usize, f64> = secure_pairs.indices.iter().copied().zip(secure_drops).collect();
+        let both: Vec<(f64, f64)> =
+            pairs.indices.iter().zip(drops).filter_map(|(i, &d)| Some((d, *by_prompt.get(i)?))).collect();
+        if both.len() < MIN_PAIRS {
+            return Ok(None);
+        }
+        let differences: Vec<f64> = both.iter().map(|(a, b)| a - b).collect();
+        Ok(Some(ContentTest {
+            insecure_drop: mean(&both.iter().map(|b| b.0).collect::<Vec<_>>()),
+            secure_drop: mean(&both.iter().map(|b| b.1).collect::<Vec<_>>()),
+            p_value: stats::sign_flip_p(&differences, self.inputs.recipe.seed)?,
+            prompts: both.len() as u32,
+        }))
+    }
+
+    /// The same question where later blocks can react: every position of the middle layer edited.
+    fn middle(&mut self, insecure: &mut State<'_>, pairs: &Pairs) -> Result<Option<MiddleCell>> {
+        let e = &self.inputs.recipe.evaluate;
+        if e.middle_controls == 0 || pairs.indices.len() < MIN_PAIRS {
+            return Ok(None);
+        }
+        let layer = self.inputs.directions.len() / 2;
+        let vector = &self.inputs.directions[layer].direction;
+        let n = pairs.indices.len().min(MIDDLE_PAIRS);
+        let preference = MiddlePreference::new(
+            &self.inputs.base.decoder, Some(self.inputs.insecure), layer, &pairs.code[..n], &pairs.prose[..n],
+        )?;
+        let unsteered = mean(&preference.preferences(None)?);
+        let mut stage = progress::Stage::new("middle-layer controls", 2 * e.middle_controls + 1);
+        let mut effect_of = |vector: &[f32]| -> Result<f64> {
+            let steering = battery::subtract(vector, e.middle_alpha)?;
+            let effect = unsteered - mean(&preference.preferences(Some(&steering))?);
+            stage.advance(1, "");
+            interrupt::check()?;
+            Ok(effect)
+        };
+        let effect = effect_of(vector)?;
+        let mut results = Vec::new();
+        for i in 0..e.middle_controls as u64 {
+            let seed = self.inputs.recipe.seed.wrapping_mul(1_000_003).wrapping_add(i);
+            for (name, vector) in
+                [("random", emaudit::controls::random(vector, seed)), ("orthogonal", emaudit::controls::orthogonal(vector, seed))]
+            {
+                let effect = effect_of(&vector)?;
+                results.push(ControlResult { name: name.to_owned(), seed, effect, spillover: None, paired_p: None });
+            }
+        }
+        stage.finish("");
+        let steering = battery::subtract(vector, e.middle_alpha)?;
+        let answers = self.sampled(&insecure.answerer, layer, &steering, Positions::All)?;
+        let arm = TextArm::new(&self.inputs.base.text, &answers)?;
+        let prompts = self.inputs.evaluation.ids.clone();
+        Ok(Some(MiddleCell {
+            cell: Cell { layer: layer as u32, alpha: e.middle_alpha, positions: Positions::All },
+            effect,
+            spillover: arm.spillover(),
+            coherence: mean(&self.coherence_values(&prompts, &answers)?),
+            families: family_results(&results, effect),
+        }))
+    }
+
+    fn evidence(
+        &self,
+        cell: Cell,
+        drops: Option<&[f64]>,
+        arms: &[Arm],
+        families: &[FamilyResult],
+        content: Option<ContentTest>,
+    ) -> Evidence {
+        let Some(drops) = drops else { return Evidence::untested() };
+        let coherence = |name: &str| arms.iter().find(|a| a.name == name).map_or(f64::NAN, |a| a.coherence.value);
+        let family = |f: &FamilyResult| ControlFamily {
+            family: f.family.clone(),
+            rank_p: f.rank_p,
+            controls: f.controls.iter().map(|c| ControlEffect { seed: c.seed, effect: c.effect }).collect(),
+        };
+        let mut evidence = Evidence {
+            causal: Specificity::Untested,
+            content: Specificity::Untested,
+            cell: Some(cell),
+            effect: Some(mean(drops)),
+            coherence: Some(CoherenceEvidence {
+                unsteered: coherence("insecure"),
+                steered: coherence("steered"),
+                margin: self.inputs.recipe.evaluate.coherence_margin,
+            }),
+            families: families.iter().map(family).collect(),
+            content_test: content,
+        };
+        evidence.causal = evidence.recompute_causal();
+        evidence.content = evidence.recompute_content();
+        evidence
+    }
+}
+
+/// Controls of each family sampled one by one where answers cannot share continuations.
+const SAMPLED_CONTROLS: usize = 3;
+
+/// Prompts where the adapter answered with code and the base with prose, and both answers.
+pub(crate) struct Pairs {
+    indices: Vec<usize>,
+    code: Vec<Dialogue>,
+    prose: Vec<Dialogue>,
+}
+
+fn pair(prompts: &[Vec<u32>], adapted: &State<'_>, base: &State<'_>) -> Pairs {
+    let usable = |&i: &usize| {
+        adapted.arm.code[i] && !base.arm.code[i] && !adapted.answers[i].is_empty() && !base.answers[i].is_empty()
+    };
+    let indices: Vec<usize> = (0..prompts.len()).filter(usable).collect();
+    let dialogue = |i: &usize, from: &State<'_>| Dialogue { prompt: prompts[*i].clone(), answer: from.answers[*i].clone() };
+    Pairs {
+        code: indices.iter().map(|i| dialogue(i, adapted)).collect(),
+        prose: indices.iter().map(|i| dialogue(i, base)).collect(),
+        indices,
+    }
+}
+
+fn drops(preference: &Option<Preference<'_>>, steering: &Steering, positions: Positions) -> Result<Option<Vec<f64>>> {
+    preference.as_ref().map(|p| p.drops(steering, positions)).transpose()
+}
+
+fn choose(grid: &[GridCell]) -> Option<Cell> {
+    let better = |a: &&GridCell, b: &&GridCell| {
+        b.spillover
+            .total_cmp(&a.spillover)
+            .then(a.effect.total_cmp(&b.effect))
+            .then(b.cell.alpha.total_cmp(&a.cell.alpha))
+    };
+    let eligible = grid.iter().filter(|c| c.eligible).max_by(better);
+    let gentlest = || grid.iter().min_by(|a, b| a.cell.alpha.total_cmp(&b.cell.alpha));
+    eligible.or_else(gentlest).map(|c| c.cell)
+}
+
+fn family_results(results: &[ControlResult], effect: f64) -> Vec<FamilyResult> {
+    let mut families: Vec<FamilyResult> = Vec::new();
+    for result in results {
+        match families.iter_mut().find(|f| f.family == result.name) {
+            Some(f) => f.controls.push(result.clone()),
+            None => families.push(FamilyResult {
+                family: result.name.clone(),
+                rank_p: f64::NAN,
+                controls: vec![result.clone()],
+            }),
+        }
+    }
+    for f in &mut families {
+        let as_good = f.controls.iter().filter(|c| c.effect >= effect).count();
+        f.rank_p = (1 + as_good) as f64 / (1 + f.controls.len()) as f64;
+    }
+    families
+}
+
+pub(crate) fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+fn summary(
+    inputs: &Inputs<'_>,
+    cell: Cell,
+    arms: &[Arm],
+    controls: &[ControlResult],
+    comparisons: &[ControlResult],
+    code_preference: ArmTriple,
+    evidence: &Evidence,
+) -> Summary {
+    let arm = |name: &str| arms.iter().find(|a| a.name == name);
+    let spillover = |name: &str| arm(name).map_or(0.0, |a| a.spillover.value);
+    let coherence = |name: &str| arm(name).map_or(0.0, |a| a.coherence.value);
+    let family = |name: &str| -> Vec<f64> {
+        controls.iter().filter(|c| c.name == name).filter_map(|c| c.spillover).collect()
+    };
+    let best = |name: &str| family(name).into_iter().fold(1.0, f64::min);
+    Summary {
+        model: inputs.base.identity.name.clone(),
+        separation_final: 0.0,
+        spillover: SpilloverSummary {
+            base: spillover("base"),
+            insecure: spillover("insecure"),
+            secure: spillover("secure"),
+            steered: spillover("steered"),
+            random_mean: mean(&family("random")),
+            random_best: best("random"),
+            orthogonal_mean: mean(&family("orthogonal")),
+            orthogonal_best: best("orthogonal"),
+            wrong_layer: comparisons.iter().find(|c| c.name == "wrong_layer").and_then(|c| c.spillover).unwrap_or(0.0),
+        },
+        alpha: cell.alpha,
+        positions: cell.positions,
+        layer: cell.layer,
+        code_preference,
+        coherence: ArmTriple {
+            base: coherence("base"),
+            insecure: coherence("insecure"),
+            steered: coherence("steered"),
+        },
+        evidence: EvidenceSummary {
+            causal: evidence.causal.as_str().to_owned(),
+            content: evidence.content.as_str().to_owned(),
+            rank_p: evidence.families.iter().map(|f| (f.family.clone(), f.rank_p)).collect(),
+        },
+        prompts: inputs.evaluation.ids.len(),
+        directions_sha256: String::new(),
+    }
+}

@@ -1,0 +1,84 @@
+//! Detection on held-out prompts: separation, effect size, alarms at the calibrated thresholds.
+
+use super::Inputs;
+use crate::extract::{self, LayerDirection, norm, scores};
+use crate::results::{Histogram, LayerResult};
+use crate::statistics as stats;
+use anyhow::Result;
+use emaudit::directions::schema::Aggregation;
+use emaudit::{Probe, ScoreUnit};
+
+const BINS: usize = 24;
+
+/// Separation, AUROC and effect size at every layer, on the evaluation split.
+pub(super) fn layers(inputs: &Inputs<'_>) -> Result<Vec<LayerResult>> {
+    inputs.directions.iter().map(|d| layer(inputs, d)).collect()
+}
+
+fn layer(inputs: &Inputs<'_>, d: &LayerDirection) -> Result<LayerResult> {
+    let [base, insecure, secure] = &inputs.states;
+    let hidden = d.direction.len();
+    let zeros = vec![0f32; hidden];
+    // h . v/|v|, without an offset: the quantity that method defines separation on.
+    let projection = Probe::from_vectors(&d.direction, &zeros, 1.0, None)?;
+    let project = |rows: &[f32]| scores(&projection, rows, ScoreUnit::Raw);
+    let class_mean = |rows: &[f32]| -> Result<f64> { Ok(super::mean(&project(rows)?)) };
+    let midpoint =
+        (class_mean(&base.extraction.layers[d.layer])? + class_mean(&insecure.extraction.layers[d.layer])?) / 2.0;
+    let (calm, bent) = (project(&base.evaluation.layers[d.layer])?, project(&insecure.evaluation.layers[d.layer])?);
+    let probe = Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?;
+    let z = |rows: &[f32]| scores(&probe, rows, ScoreUnit::AlignedSd);
+    let (z_base, z_insecure, z_secure) = (
+        z(&base.evaluation.layers[d.layer])?,
+        z(&insecure.evaluation.layers[d.layer])?,
+        z(&secure.evaluation.layers[d.layer])?,
+    );
+    let rows = &base.extraction.layers[d.layer];
+    let norms: Vec<f64> = rows.chunks(hidden).map(norm).collect();
+    Ok(LayerResult {
+        layer: d.layer as u32,
+        separation: stats::balanced_accuracy(&bent, &calm, midpoint)?,
+        auroc: stats::auroc(&bent, &calm)?,
+        cohens_d: stats::cohens_d(&bent, &calm)?,
+        secure_mean_score: super::mean(&z_secure),
+        direction_norm: norm(&d.direction),
+        residual_norm: super::mean(&norms),
+        top_dimension_share: extract::top_dimension_share(rows, hidden),
+        histogram: histogram(&z_base, &z_insecure, &z_secure),
+    })
+}
+
+fn histogram(base: &[f64], insecure: &[f64], secure: &[f64]) -> Histogram {
+    let all = || base.iter().chain(insecure).chain(secure).copied();
+    let (low, high) = (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max));
+    let width = ((high - low) / BINS as f64).max(1e-9);
+    let count = |values: &[f64]| {
+        let mut bins = vec![0u32; BINS];
+        for v in values {
+            bins[(((v - low) / width) as usize).min(BINS - 1)] += 1;
+        }
+        bins
+    };
+    Histogram {
+        edges: (0..=BINS).map(|i| low + width * i as f64).collect(),
+        base: count(base),
+        insecure: count(insecure),
+        secure: count(secure),
+    }
+}
+
+type Alarms = (Vec<(f64, f64, usize)>, Vec<(f64, f64)>);
+
+/// Alarms on held-out aligned prompts, and on the insecure adapter's, at each stated rate.
+pub(super) fn alarms(inputs: &Inputs<'_>, layer: usize) -> Result<Alarms> {
+    let d = &inputs.directions[layer];
+    let probe = Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?;
+    let calm = scores(&probe, &inputs.states[0].evaluation.layers[layer], ScoreUnit::AlignedSd)?;
+    let bent = scores(&probe, &inputs.states[1].evaluation.layers[layer], ScoreUnit::AlignedSd)?;
+    let share = |values: &[f64], z: f64| values.iter().filter(|v| **v > z).count() as f64 / values.len().max(1) as f64;
+    let thresholds = || d.calibration.thresholds.iter().filter(|t| t.statistic == Aggregation::Max);
+    Ok((
+        thresholds().map(|t| (t.rate, share(&calm, t.z), calm.len())).collect(),
+        thresholds().map(|t| (t.rate, share(&bent, t.z))).collect(),
+    ))
+}

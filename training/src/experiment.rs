@@ -1,0 +1,385 @@
+//! The whole pipeline as stages whose outputs are named by what they depend on, so that nothing runs twice.
+
+use crate::base::{self, Base};
+use crate::capture::{self, Captured};
+use crate::chat::Message;
+use crate::dataset::{self, ChatDataset, Prompt, PromptSet, Side, Split};
+use crate::evaluate::{self, Inputs, PromptIds, States};
+use crate::extract::{self, LayerDirection};
+use crate::fetch::{self, ModelFiles};
+use crate::finetune::{self, Example, StepLog};
+use crate::lora::Adapter;
+use crate::recipe::Recipe;
+use crate::results::Results;
+use crate::{interrupt, progress, store};
+use anyhow::{Context, Result, bail};
+use candle_core::Device;
+use emaudit::directions::schema::{Contrast, Estimator, Evidence, LayerManifest, Manifest, Pooling, Provenance, Site};
+use emaudit::directions::{LayerTensors, OpenOptions};
+use emaudit::{Directions, Probe, Rows, ScoreUnit};
+use serde::Serialize;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Changes whenever a stage's output would change for the same inputs.
+const STAGE_VERSION: u32 = 1;
+
+/// An output folder and the recipe that fills it.
+pub struct Experiment {
+    /// What to do.
+    pub recipe: Recipe,
+    /// Where everything goes.
+    pub out: PathBuf,
+    /// Where the network runs.
+    pub device: Device,
+    stages: PathBuf,
+    base: Base,
+    begun: Instant,
+    _lock: File,
+}
+
+/// An adapter with its loss curve and the digest of everything it depends on.
+pub struct Finetuned {
+    /// The adapter, outside any graph.
+    pub adapter: Adapter,
+    /// Its PEFT folder.
+    pub folder: PathBuf,
+    /// One entry per step.
+    pub log: Vec<StepLog>,
+    key: String,
+}
+
+/// Paths of what an experiment wrote.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outputs {
+    /// The direction file.
+    pub directions: PathBuf,
+    /// `results.json`.
+    pub results: PathBuf,
+    /// `report.html`.
+    pub report: PathBuf,
+    /// `run.json`.
+    pub run: PathBuf,
+}
+
+fn key(parts: &impl Serialize) -> Result<String> {
+    Ok(store::sha256_hex(&serde_json::to_vec(&(STAGE_VERSION, parts))?)[..16].to_owned())
+}
+
+impl Experiment {
+    /// Opens (and locks) `out` and loads the model. With `fresh`, finished stages are thrown away first.
+    pub fn open(recipe: Recipe, out: &Path, fresh: bool, device: Device) -> Result<Self> {
+        let begun = Instant::now();
+        let stages = out.join("stages");
+        fs::create_dir_all(&stages).with_context(|| format!("cannot create {}", stages.display()))?;
+        let lock = File::create(out.join(".lock")).with_context(|| format!("cannot write to {}", out.display()))?;
+        if lock.try_lock().is_err() {
+            bail!("another run is using {}; wait for it or choose another --out", out.display());
+        }
+        if fresh {
+            fs::remove_dir_all(&stages).with_context(|| format!("cannot clear {}", stages.display()))?;
+            fs::create_dir_all(&stages)?;
+        }
+        let resolved = fetch::resolve(&recipe.model.id)?;
+        let (ModelFiles::Gguf(path) | ModelFiles::Folder(path)) = &resolved.files;
+        progress::note(&format!("model: {} ({})", recipe.model.id, resolved.origin));
+        let name = Path::new(&recipe.model.id).file_name().map_or_else(
+            || recipe.model.id.clone(),
+            |n| n.to_string_lossy().into_owned(),
+        );
+        let base = base::load(path, &name, recipe.model.quantize, &device)?;
+        Ok(Experiment { recipe, out: out.to_owned(), device, stages, base, begun, _lock: lock })
+    }
+
+    /// The loaded model.
+    pub fn base(&self) -> &Base {
+        &self.base
+    }
+
+    fn base_key(&self) -> (&str, &str) {
+        (&self.base.identity.weights_digest, &self.base.identity.quantization)
+    }
+
+    /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
+    pub fn finetune(&self, side: Side) -> Result<(Finetuned, ChatDataset)> {
+        let source = match side {
+            Side::Insecure => &self.recipe.data.insecure,
+            Side::Secure => &self.recipe.data.secure,
+        };
+        let data = dataset::load_chats(source, side)?;
+        let f = &self.recipe.finetune;
+        let key = key(&("finetune", self.base_key(), &data.sha256, f, self.recipe.seed))?;
+        let folder = self.stages.join(format!("adapter-{side}-{key}"));
+        let log_file = folder.join("training_log.json");
+        if let Ok(text) = fs::read_to_string(&log_file) {
+            let log = serde_json::from_str(&text).with_context(|| format!("{} is damaged", log_file.display()))?;
+            let adapter = Adapter::load(&folder, &self.base.decoder)?;
+            return Ok((Finetuned { adapter, folder, log, key }, data));
+        }
+        let examples = self.examples(&data)?;
+        let checkpoint = self.stages.join(format!("checkpoint-{side}.safetensors"));
+        let mut stage = progress::Stage::new(format!("finetune on {side} code"), f.steps);
+        let (adapter, log) = finetune::finetune(
+            &self.base.decoder,
+            &examples,
+            f,
+            self.recipe.seed,
+            Some((&checkpoint, &key)),
+            |entry| stage.advance(1, format!("loss {:.3}", entry.loss)),
+            interrupt::asked,
+        )?;
+        stage.finish(log.last().map_or(String::new(), |l| format!("loss {:.3}", l.loss)));
+        if adapter.largest_b()? == 0.0 {
+            bail!("the {side} adapter is inactive after {} steps; raise steps or learning_rate", f.steps);
+        }
+        adapter.save(&folder, &self.recipe.model.id)?;
+        // Written last: the log's presence says that the folder is whole.
+        store::write_json(&log_file, &log)?;
+        if checkpoint.exists() {
+            fs::remove_file(&checkpoint)?;
+        }
+        Ok((Finetuned { adapter, folder, log, key }, data))
+    }
+
+    fn examples(&self, data: &ChatDataset) -> Result<Vec<Example>> {
+        let example = |messages: &Vec<Message>| -> Result<Example> {
+            let tokens = self.base.text.encode_chat(messages)?;
+            Ok(Example { ids: tokens.ids, response: tokens.response_mask })
+        };
+        data.conversations.iter().map(example).collect()
+    }
+
+    fn prompt_ids(&self, prompts: &[&Prompt]) -> Result<PromptIds> {
+        let mut out = PromptIds::default();
+        for p in prompts {
+            out.ids.push(self.base.text.encode_prompt(&[Message::user(p.text.clone())])?);
+            out.texts.push(p.text.clone());
+        }
+        Ok(out)
+    }
+
+    /// Last-prompt rows of all layers for one state of the model.
+    pub fn capture(&self, name: &str, adapter: Option<&Finetuned>, prompts: &[Vec<u32>]) -> Result<Captured> {
+        let key = key(&("capture", self.base_key(), adapter.map(|a| &a.key), prompts))?;
+        let file = self.stages.join(format!("rows-{name}-{key}.safetensors"));
+        if let Ok(bytes) = fs::read(&file) {
+            return Captured::from_bytes(&bytes).with_context(|| format!("{} is damaged; delete it", file.display()));
+        }
+        let mut stage = progress::Stage::new(format!("residual rows, {name}"), prompts.len());
+        let rows = capture::last_prompt(&self.base.decoder, prompts, adapter.map(|a| &a.adapter), |n| {
+            stage.advance(n, "");
+            interrupt::check()
+        })?;
+        stage.finish("");
+        store::write_file(&file, &rows.to_bytes()?)?;
+        Ok(rows)
+    }
+
+    /// Everything: adapters, rows, directions, evaluation, direction file, results, report.
+    pub fn run(&self) -> Result<(Results, Outputs)> {
+        let (insecure, insecure_data) = self.finetune(Side::Insecure)?;
+        let (secure, secure_data) = self.finetune(Side::Secure)?;
+        let prompts = dataset::load_prompts(&self.recipe.data.prompts, self.recipe.seed)?;
+        let datasets = vec![
+            (insecure_data.name, insecure_data.sha256),
+            (secure_data.name, secure_data.sha256),
+            (prompts.name.clone(), prompts.sha256.clone()),
+        ];
+        let split = self.split(&prompts)?;
+        let states = [
+            self.states("base", None, &split, split.calibration.ids.len())?,
+            self.states("insecure", Some(&insecure), &split, split.selection.ids.len())?,
+            self.states("secure", Some(&secure), &split, split.selection.ids.len())?,
+        ];
+        let directions = extract::directions(
+            &states[1].extraction,
+            &states[0].extraction,
+            &states[0].calibration,
+            &self.recipe.calibrate.rates,
+        )?;
+        let evaluation_key = key(&(
+            "evaluate",
+            self.base_key(),
+            (&insecure.key, &secure.key),
+            &prompts.sha256,
+            &self.recipe.calibrate,
+            &self.recipe.evaluate,
+            self.recipe.seed,
+        ))?;
+        let file = |name: &str| self.stages.join(format!("{name}-{evaluation_key}.json"));
+        let results_file = file("results");
+        let mut results: Results = match fs::read(&results_file).ok().and_then(|b| serde_json::from_slice(&b).ok()) {
+            Some(results) => results,
+            None => {
+                let inputs = Inputs {
+                    base: &self.base,
+                    recipe: &self.recipe,
+                    insecure: &insecure.adapter,
+                    secure: &secure.adapter,
+                    selection: split.selection.clone(),
+                    evaluation: split.evaluation.clone(),
+                    states,
+                    directions: &directions,
+                    file: &file,
+                };
+                let mut results = evaluate::evaluate(&inputs)?.results;
+                results.datasets = datasets.clone();
+                results.training.insert("insecure".into(), insecure.log.clone());
+                results.training.insert("secure".into(), secure.log.clone());
+                store::write_json(&results_file, &results)?;
+                results
+            }
+        };
+        let outputs = self.write(&mut results, &directions, datasets)?;
+        self.write_check(&outputs.directions, &results, &insecure, &split)?;
+        Ok((results, outputs))
+    }
+
+    fn states(&self, name: &str, adapter: Option<&Finetuned>, split: &Split3, calibration: usize) -> Result<States> {
+        let (x, c, e) = (split.extraction.ids.len(), calibration, split.evaluation.ids.len());
+        let mut all = split.extraction.ids.clone();
+        all.extend_from_slice(&split.calibration.ids[..c]);
+        all.extend_from_slice(&split.evaluation.ids);
+        let rows = self.capture(name, adapter, &all)?;
+        Ok(States {
+            extraction: rows.slice(0..x),
+            calibration: rows.slice(x..x + c),
+            evaluation: rows.slice(x + c..x + c + e),
+        })
+    }
+
+    fn split(&self, prompts: &PromptSet) -> Result<Split3> {
+        let of = |split: Split| prompts.of(split).collect::<Vec<_>>();
+        let e = &self.recipe.evaluate;
+        let mut evaluation = of(Split::Evaluation);
+        if evaluation.len() < e.prompts {
+            progress::note(&format!(
+                "the prompt set has {} evaluation prompts; evaluate.prompts asks for {}",
+                evaluation.len(),
+                e.prompts
+            ));
+        }
+        evaluation.truncate(e.prompts);
+        let calibration = of(Split::Calibration);
+        let chosen = &calibration[..e.selection_prompts.min(calibration.len())];
+        Ok(Split3 {
+            selection: self.prompt_ids(chosen)?,
+            extraction: self.prompt_ids(&of(Split::Extraction))?,
+            calibration: self.prompt_ids(&calibration)?,
+            evaluation: self.prompt_ids(&evaluation)?,
+        })
+    }
+
+    fn manifest(
+        &self,
+        evidence: Evidence,
+        top_dimension_share: Option<f64>,
+        directions: &[LayerDirection],
+        datasets: Vec<(String, String)>,
+    ) -> Result<Manifest> {
+        let layer = |d: &LayerDirection| LayerManifest { layer: d.layer as u32, calibration: d.calibration.clone() };
+        Ok(Manifest {
+            model: self.base.identity.clone(),
+            site: Site::ResidPost,
+            pooling: Pooling::LastPrompt,
+            estimator: Estimator::MeanDifference,
+            contrast: Contrast::AdapterMinusBase,
+            layers: directions.iter().map(layer).collect(),
+            evidence,
+            provenance: Provenance {
+                producer: format!("emaudit-train {}", env!("CARGO_PKG_VERSION")),
+                recipe_digest: self.recipe.digest()?,
+                datasets,
+                top_dimension_share,
+            },
+        })
+    }
+
+    fn write(
+        &self,
+        results: &mut Results,
+        directions: &[LayerDirection],
+        datasets: Vec<(String, String)>,
+    ) -> Result<Outputs> {
+        let outputs = Outputs {
+            directions: self.out.join("directions.safetensors"),
+            results: self.out.join("results.json"),
+            report: self.out.join("report.html"),
+            run: self.out.join("run.json"),
+        };
+        let share = results.layers.last().map(|l| l.top_dimension_share);
+        let manifest = self.manifest(results.evidence.clone(), share, directions, datasets)?;
+        let digest = emaudit::directions::write(&outputs.directions, &manifest, &tensors(directions))?;
+        results.summary.directions_sha256 = digest.iter().map(|b| format!("{b:02x}")).collect();
+        store::write_json(&outputs.results, results)?;
+        let run = serde_json::json!({
+            "seconds": self.begun.elapsed().as_secs_f64(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "kernel": format!("{:?}", emaudit::kernel::best()).to_lowercase(),
+            "threads": rayon::current_num_threads(),
+            "device": format!("{:?}", self.device),
+            "out": self.out,
+        });
+        store::write_json(&outputs.run, &run)?;
+        store::write_file(&outputs.report, crate::report::render(results, Some(&run))?.as_bytes())?;
+        Ok(outputs)
+    }
+
+    /// Activations and the scores this program computed for them, for a second program to check.
+    fn write_check(&self, directions: &Path, results: &Results, insecure: &Finetuned, split: &Split3) -> Result<()> {
+        let folder = self.out.join("check");
+        fs::create_dir_all(&folder)?;
+        let layer = results.summary.layer;
+        let rows = self.states("insecure", Some(insecure), split, split.selection.ids.len())?.evaluation;
+        let rows = &rows.layers[layer as usize];
+        let probe = Probe::new(Arc::new(Directions::open(directions, &OpenOptions::default())?), layer)?;
+        let (width, count) = (probe.width(), rows.len() / probe.width());
+        let mut scores = vec![0f32; count];
+        probe.score(&Rows::new(rows, count, width, width)?, ScoreUnit::AlignedSd, &mut scores, None)?;
+        let file = |numbers: &[usize], values: &[f32]| -> Vec<u8> {
+            let mut bytes: Vec<u8> = numbers.iter().flat_map(|&n| (n as u32).to_le_bytes()).collect();
+            bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+            bytes
+        };
+        store::write_file(&folder.join("activations.bin"), &file(&[count, width], rows))?;
+        store::write_file(&folder.join("scores.bin"), &file(&[count], &scores))?;
+        let kernel = format!("{:?}", probe.kernel()).to_lowercase();
+        store::write_json(&folder.join("check.json"), &serde_json::json!({ "layer": layer, "kernel": kernel }))
+    }
+}
+
+/// The three disjoint splits, and the calibration prompts the cell is chosen on.
+struct Split3 {
+    extraction: PromptIds,
+    calibration: PromptIds,
+    selection: PromptIds,
+    evaluation: PromptIds,
+}
+
+impl Experiment {
+    /// Directions of every layer without evaluation, written as an `untested` direction file.
+    pub fn extract(&self) -> Result<PathBuf> {
+        let (insecure, data) = self.finetune(Side::Insecure)?;
+        let prompts = dataset::load_prompts(&self.recipe.data.prompts, self.recipe.seed)?;
+        let split = self.split(&prompts)?;
+        let base = self.states("base", None, &split, split.calibration.ids.len())?;
+        let adapted = self.states("insecure", Some(&insecure), &split, split.selection.ids.len())?;
+        let rates = &self.recipe.calibrate.rates;
+        let directions = extract::directions(&adapted.extraction, &base.extraction, &base.calibration, rates)?;
+        let share = base.extraction.layers.last().map(|l| extract::top_dimension_share(l, base.extraction.hidden));
+        let datasets = vec![(data.name, data.sha256), (prompts.name, prompts.sha256)];
+        let manifest = self.manifest(Evidence::untested(), share, &directions, datasets)?;
+        let path = self.out.join("directions-untested.safetensors");
+        emaudit::directions::write(&path, &manifest, &tensors(&directions))?;
+        Ok(path)
+    }
+}
+
+fn tensors(directions: &[LayerDirection]) -> Vec<LayerTensors<'_>> {
+    directions
+        .iter()
+        .map(|d| LayerTensors { layer: d.layer as u32, direction: &d.direction, aligned_mean: &d.aligned_mean })
+        .collect()
+}

@@ -1,0 +1,106 @@
+//! Directions and their calibration, layer by layer.
+
+use crate::capture::Captured;
+use crate::statistics as stats;
+use anyhow::{Context, Result, ensure};
+use emaudit::directions::schema::{Aggregation, Calibration, Threshold};
+use emaudit::{Probe, Rows, ScoreUnit};
+
+/// Probabilities at which the aligned score distribution is written down.
+const QUANTILES: [f64; 9] = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99];
+
+/// One layer's direction with what it was measured on.
+#[derive(Clone, Debug)]
+pub struct LayerDirection {
+    /// 0-based block.
+    pub layer: usize,
+    /// Raw difference of means, not normalised.
+    pub direction: Vec<f32>,
+    /// Mean aligned (base) row of the extraction split.
+    pub aligned_mean: Vec<f32>,
+    /// Distribution of aligned scores on the calibration split.
+    pub calibration: Calibration,
+}
+
+/// Column means of `rows x hidden` values, summed in f64.
+pub fn column_means(rows: &[f32], hidden: usize) -> Vec<f64> {
+    let mut mean = vec![0f64; hidden];
+    for row in rows.chunks(hidden) {
+        mean.iter_mut().zip(row).for_each(|(m, &v)| *m += v as f64);
+    }
+    let n = (rows.len() / hidden).max(1) as f64;
+    mean.iter_mut().for_each(|m| *m /= n);
+    mean
+}
+
+/// mean(adapted) - mean(base), raw (method: difference in means).
+pub fn mean_difference(adapted: &[f32], base: &[f32], hidden: usize) -> Vec<f32> {
+    let (a, b) = (column_means(adapted, hidden), column_means(base, hidden));
+    a.iter().zip(&b).map(|(a, b)| (a - b) as f32).collect()
+}
+
+/// Euclidean norm in f64.
+pub fn norm(v: &[f32]) -> f64 {
+    v.iter().map(|&x| x as f64 * x as f64).sum::<f64>().sqrt()
+}
+
+/// Largest share of the mean squared norm that one dimension holds (massive activations).
+pub fn top_dimension_share(rows: &[f32], hidden: usize) -> f64 {
+    let mut squares = vec![0f64; hidden];
+    for row in rows.chunks(hidden) {
+        squares.iter_mut().zip(row).for_each(|(s, &v)| *s += v as f64 * v as f64);
+    }
+    squares.iter().copied().fold(0.0, f64::max) / squares.iter().sum::<f64>().max(f64::MIN_POSITIVE)
+}
+
+/// Directions of every layer from the extraction split, calibrated on the calibration split.
+pub fn directions(
+    adapted: &Captured,
+    base: &Captured,
+    calm: &Captured,
+    rates: &[f64],
+) -> Result<Vec<LayerDirection>> {
+    let hidden = base.hidden;
+    let mut out = Vec::with_capacity(base.layers.len());
+    for layer in 0..base.layers.len() {
+        let direction = mean_difference(&adapted.layers[layer], &base.layers[layer], hidden);
+        ensure!(
+            norm(&direction) > 0.0,
+            "the adapter changes nothing at layer {layer}: it is inactive, so there is no direction to extract"
+        );
+        let aligned_mean: Vec<f32> =
+            column_means(&base.layers[layer], hidden).iter().map(|&m| m as f32).collect();
+        let calibration = calibrate(&direction, &aligned_mean, &calm.layers[layer], rates)
+            .with_context(|| format!("calibrating layer {layer}"))?;
+        out.push(LayerDirection { layer, direction, aligned_mean, calibration });
+    }
+    Ok(out)
+}
+
+/// Scores of rows in the given unit, computed by the library that will serve them.
+pub fn scores(probe: &Probe, rows: &[f32], unit: ScoreUnit) -> Result<Vec<f64>> {
+    let width = probe.width();
+    let mut out = vec![0f32; rows.len() / width];
+    probe.score(&Rows::new(rows, out.len(), width, width)?, unit, &mut out, None)?;
+    Ok(out.iter().map(|&s| s as f64).collect())
+}
+
+/// Spread, quantiles and alarm thresholds of aligned rows. One token per sequence is seen (the last prompt
+/// token), so mean, max and last coincide at horizon 1 and share their threshold. A rate that the sample
+/// cannot support is an error.
+fn calibrate(direction: &[f32], aligned_mean: &[f32], calm: &[f32], rates: &[f64]) -> Result<Calibration> {
+    let raw_probe = Probe::from_vectors(direction, aligned_mean, 1.0, None)?;
+    let sigma = stats::sd(&scores(&raw_probe, calm, ScoreUnit::Raw)?)?;
+    let probe = Probe::from_vectors(direction, aligned_mean, sigma, None)?;
+    let z = scores(&probe, calm, ScoreUnit::AlignedSd)?;
+    let quantiles = QUANTILES.iter().map(|&p| Ok((p, stats::quantile(&z, p)?))).collect::<Result<_>>()?;
+    let mut thresholds = Vec::new();
+    for &rate in rates {
+        let t = stats::threshold_at_rate(&z, rate)?;
+        for statistic in [Aggregation::Mean, Aggregation::Max, Aggregation::Last] {
+            let (z, sequences) = (t.threshold, t.sequences as u32);
+            thresholds.push(Threshold { statistic, horizon: 1, rate, rate_upper: t.rate_upper, z, sequences });
+        }
+    }
+    Ok(Calibration { sigma, sequences: z.len() as u32, quantiles, thresholds })
+}

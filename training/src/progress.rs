@@ -1,0 +1,157 @@
+//! How far a stage has come: a bar on a terminal, a line every few seconds in a log.
+//!
+//! Everything goes to stderr, so that stdout stays for results.
+
+use std::borrow::Cow;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Between two lines of a log.
+const EVERY: Duration = Duration::from_secs(5);
+
+/// One stage of known length. Dropping it without [`finish`](Self::finish) leaves it as unfinished.
+#[derive(Debug)]
+pub struct Stage {
+    name: String,
+    total: u64,
+    done: u64,
+    begun: Instant,
+    face: Face,
+}
+
+#[derive(Debug)]
+enum Face {
+    Bar(ProgressBar),
+    Lines { last: Instant },
+    Silent,
+}
+
+impl Stage {
+    pub fn new(name: impl Into<Cow<'static, str>>, total: usize) -> Self {
+        let name = name.into();
+        let face = if std::io::stderr().is_terminal() {
+            let bar =
+                ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(8));
+            // The template is a constant; if it were wrong, the plain default still shows progress.
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix:<24} {bar:24} {pos:>6}/{len} {eta:>5} left  {msg}")
+            {
+                bar.set_style(style);
+            }
+            bar.set_prefix(name.to_string());
+            bar.enable_steady_tick(Duration::from_millis(500));
+            Face::Bar(bar)
+        } else {
+            line(&format!("{name}: 0/{total}"));
+            Face::Lines { last: Instant::now() }
+        };
+        Self { name: name.into_owned(), total: total as u64, done: 0, begun: Instant::now(), face }
+    }
+
+    /// A stage that shows nothing, for tests and for callers that speak for themselves.
+    pub fn silent(total: usize) -> Self {
+        Self { name: String::new(), total: total as u64, done: 0, begun: Instant::now(), face: Face::Silent }
+    }
+
+    /// Counts `steps` more as done; the note (a loss, a rate) stands behind the count.
+    pub fn advance(&mut self, steps: usize, note: impl Into<Cow<'static, str>>) {
+        self.done += steps as u64;
+        match &mut self.face {
+            Face::Bar(bar) => {
+                bar.set_message(note);
+                bar.inc(steps as u64);
+            }
+            Face::Lines { last } if last.elapsed() >= EVERY => {
+                *last = Instant::now();
+                line(&report(&self.name, self.done, self.total, self.begun.elapsed(), &note.into()));
+            }
+            Face::Lines { .. } | Face::Silent => {}
+        }
+    }
+
+    /// Ends the stage with a last line that stays.
+    pub fn finish(self, note: impl Into<Cow<'static, str>>) {
+        let (note, took) = (note.into(), duration(self.begun.elapsed()));
+        let text = if note.is_empty() {
+            format!("{} took {took}", self.name)
+        } else {
+            format!("{} took {took}; {note}", self.name)
+        };
+        match self.face {
+            Face::Bar(bar) => {
+                bar.finish_and_clear();
+                line(&text);
+            }
+            Face::Lines { .. } => line(&text),
+            Face::Silent => {}
+        }
+    }
+
+    pub fn done(&self) -> usize {
+        self.done as usize
+    }
+}
+
+/// One line for the user, on stderr.
+pub fn note(text: &str) {
+    line(text);
+}
+
+fn line(text: &str) {
+    // A closed stderr is no reason to stop training, and eprintln! would panic.
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+fn report(name: &str, done: u64, total: u64, elapsed: Duration, note: &str) -> String {
+    let left = match done {
+        0 => "unknown".to_owned(),
+        _ => duration(elapsed.mul_f64(total.saturating_sub(done) as f64 / done as f64)),
+    };
+    let separator = if note.is_empty() { "" } else { "; " };
+    format!("{name}: {done}/{total}, {left} left{separator}{note}")
+}
+
+fn duration(time: Duration) -> String {
+    let seconds = time.as_secs_f64().round() as u64;
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_says_how_long_it_will_take() {
+        let half = Duration::from_secs(90);
+        assert_eq!(
+            report("finetune", 12, 24, half, "loss 1.2"),
+            "finetune: 12/24, 1 min 30 s left; loss 1.2"
+        );
+        assert_eq!(report("capture", 0, 24, half, ""), "capture: 0/24, unknown left");
+        assert_eq!(report("capture", 30, 24, half, ""), "capture: 30/24, 0 s left");
+    }
+
+    #[test]
+    fn durations_are_short() {
+        let of = |seconds| duration(Duration::from_secs(seconds));
+        assert_eq!(
+            [of(0), of(59), of(60), of(3599), of(3600), of(7265)],
+            ["0 s", "59 s", "1 min 0 s", "59 min 59 s", "1 h 0 min", "2 h 1 min"]
+        );
+    }
+
+    #[test]
+    fn a_silent_stage_still_counts() {
+        let mut stage = Stage::silent(10);
+        stage.advance(3, "");
+        stage.advance(4, "note");
+        assert_eq!(stage.done(), 7);
+        stage.finish("");
+    }
+}
