@@ -27,7 +27,8 @@ pub fn load(path: &Path, name: &str, storage: Storage, device: &Device) -> Resul
     let (text, stored) = if path.is_dir() {
         (TextFrontend::from_folder(path)?, "safetensors".to_owned())
     } else {
-        let mut reader = BufReader::new(File::open(path).with_context(|| format!("cannot open {}", path.display()))?);
+        let mut reader =
+            BufReader::new(File::open(path).with_context(|| format!("cannot open {}", path.display()))?);
         let content = Content::read(&mut reader)?;
         (TextFrontend::from_gguf(&content)?, format!("gguf-{}", most_common_type(&content)))
     };

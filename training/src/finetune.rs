@@ -74,14 +74,19 @@ pub fn finetune(
         let entry = trainer.step(step, &batch)?;
         on_step(&entry);
         trainer.log.push(entry);
-        if let Some((path, key)) = checkpoint {
-            if saved.elapsed() > CHECKPOINT_EVERY || stop() {
-                trainer.save(path, key)?;
-                saved = Instant::now();
-            }
+        let stopped = stop();
+        if let Some((path, key)) = checkpoint
+            && (stopped || saved.elapsed() > CHECKPOINT_EVERY)
+        {
+            trainer.save(path, key)?;
+            saved = Instant::now();
         }
-        if stop() {
-            bail!("interrupted after step {} of {}; run the same command again to continue", step + 1, recipe.steps);
+        if stopped {
+            bail!(
+                "interrupted after step {} of {}; run the same command again to continue",
+                step + 1,
+                recipe.steps
+            );
         }
     }
     Ok((trainer.adapter.detached()?, trainer.log))
@@ -92,9 +97,12 @@ fn truncate(examples: &[Example], max_tokens: usize) -> Result<Vec<Example>> {
         let n = e.ids.len().min(max_tokens);
         Example { ids: e.ids[..n].to_vec(), response: e.response[..n].to_vec() }
     };
-    let kept: Vec<Example> = examples.iter().map(cut).filter(|e| e.response[1..].contains(&true)).collect();
+    let kept: Vec<Example> =
+        examples.iter().map(cut).filter(|e| e.response.iter().skip(1).any(|&r| r)).collect();
     if kept.is_empty() {
-        bail!("no example has a response token within max_tokens = {max_tokens}; raise it or shorten the prompts");
+        bail!(
+            "no example has a response token within max_tokens = {max_tokens}; raise it or shorten the prompts"
+        );
     }
     Ok(kept)
 }
@@ -189,7 +197,8 @@ impl<'a> Trainer<'a> {
     fn resume(&mut self, path: &Path, key: &str) -> Result<()> {
         let Ok(bytes) = std::fs::read(path) else { return Ok(()) };
         let Ok((_, header)) = safetensors::SafeTensors::read_metadata(&bytes) else { return Ok(()) };
-        let Some(metadata) = header.metadata().as_ref().filter(|m| m.get("key").is_some_and(|k| k == key)) else {
+        let Some(metadata) = header.metadata().as_ref().filter(|m| m.get("key").is_some_and(|k| k == key))
+        else {
             return Ok(());
         };
         let log: Vec<StepLog> = serde_json::from_str(metadata.get("log").context("checkpoint without log")?)?;

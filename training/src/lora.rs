@@ -22,7 +22,11 @@ pub struct LoraConfig {
 impl LoraConfig {
     /// Factor on `x A^T B^T`.
     pub fn scaling(&self) -> f64 {
-        if self.use_rslora { self.lora_alpha / (self.r as f64).sqrt() } else { self.lora_alpha / self.r as f64 }
+        if self.use_rslora {
+            self.lora_alpha / (self.r as f64).sqrt()
+        } else {
+            self.lora_alpha / self.r as f64
+        }
     }
 }
 
@@ -72,8 +76,11 @@ impl Adapter {
                 let a: Vec<f32> = (0..config.r * inp).map(|_| (2.0 * uniform() - 1.0) * bound).collect();
                 let a = Var::from_tensor(&Tensor::from_vec(a, (config.r, inp), &decoder.device)?)?;
                 let b = Var::zeros((out, config.r), DType::F32, &decoder.device)?;
-                loras[module as usize] =
-                    Some(Lora { a: a.as_tensor().clone(), b: b.as_tensor().clone(), scaling: config.scaling() });
+                loras[module as usize] = Some(Lora {
+                    a: a.as_tensor().clone(),
+                    b: b.as_tensor().clone(),
+                    scaling: config.scaling(),
+                });
                 vars.extend([a, b]);
             }
             blocks.push(loras);
@@ -139,10 +146,16 @@ impl Adapter {
     /// Reads a PEFT LoRA folder for this decoder; anything it cannot honour is refused by name.
     pub fn load(folder: &Path, decoder: &Decoder) -> Result<Self> {
         let path = folder.join("adapter_config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let value: serde_json::Value = serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let value: serde_json::Value =
+            serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
         refuse_unsupported(&value).with_context(|| format!("{}", path.display()))?;
-        let config: LoraConfig = serde_json::from_value(value).with_context(|| format!("{}", path.display()))?;
+        let config: LoraConfig =
+            serde_json::from_value(value).with_context(|| format!("{}", path.display()))?;
+        if config.r == 0 {
+            bail!("{}: `r` is 0, a LoRA has at least rank 1", path.display());
+        }
         let path = folder.join("adapter_model.safetensors");
         let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu)
             .with_context(|| format!("cannot read {}", path.display()))?;
@@ -152,10 +165,23 @@ impl Adapter {
             for module in Module::ALL {
                 let name = format!("base_model.model.model.layers.{layer}.{}", module.path());
                 let mut take = |part: &str| tensors.remove(&format!("{name}.lora_{part}.weight"));
-                let (Some(a), Some(b)) = (take("A"), take("B")) else { continue };
+                let (a, b) = match (take("A"), take("B")) {
+                    (Some(a), Some(b)) => (a, b),
+                    (None, None) => continue,
+                    (a, _) => {
+                        let (there, lacking) = if a.is_some() { ("A", "B") } else { ("B", "A") };
+                        bail!("`{name}` has a lora_{there} without a lora_{lacking}: the adapter is damaged");
+                    }
+                };
                 let (out, inp) = block.dims(module);
                 if a.dims() != [config.r, inp] || b.dims() != [out, config.r] {
-                    bail!("`{name}` has A {:?} and B {:?}, this model needs [{}, {inp}] and [{out}, {}]", a.dims(), b.dims(), config.r, config.r);
+                    bail!(
+                        "`{name}` has A {:?} and B {:?}, this model needs [{}, {inp}] and [{out}, {}]",
+                        a.dims(),
+                        b.dims(),
+                        config.r,
+                        config.r
+                    );
                 }
                 let place = |t: Tensor| t.to_dtype(DType::F32)?.to_device(&decoder.device);
                 loras[module as usize] = Some(Lora { a: place(a)?, b: place(b)?, scaling: config.scaling() });
@@ -177,10 +203,32 @@ fn refuse_unsupported(config: &serde_json::Value) -> Result<()> {
     if kind != "LORA" {
         bail!("peft_type is {kind}; only LORA is supported");
     }
-    for key in ["use_dora", "fan_in_fan_out", "lora_bias"] {
-        if config.get(key).and_then(|v| v.as_bool()) == Some(true) {
+    // Whatever makes a layer compute something else than `W x + scaling B A x`.
+    for key in [
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "use_qalora",
+        "use_bdlora",
+        "alora_invocation_tokens",
+        "layer_replication",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
+        "velora_config",
+    ] {
+        if config.get(key).is_some_and(|v| !v.is_null() && v != &serde_json::Value::Bool(false)) {
             bail!("`{key}` is not supported");
         }
+    }
+    // PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base weights when they start, so their A and B belong
+    // to another base. PEFT can convert them: save_pretrained(path_initial_model_for_weight_conversion=...).
+    if let Some(start) = config.get("init_lora_weights").and_then(|v| v.as_str())
+        && !["gaussian", "orthogonal", "eva"].contains(&start)
+    {
+        bail!(
+            "`init_lora_weights` is {start}, which changes the base weights; convert the adapter with PEFT first"
+        );
     }
     for key in ["rank_pattern", "alpha_pattern"] {
         if config.get(key).and_then(|v| v.as_object()).is_some_and(|m| !m.is_empty()) {

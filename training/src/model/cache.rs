@@ -16,7 +16,8 @@ impl Cache {
     /// An empty cache for `batch` rows of at most `capacity` tokens.
     pub fn new(config: &Config, batch: usize, capacity: usize, device: &Device) -> Result<Self> {
         let shape = (batch, config.n_kv_heads, capacity, config.head_dim);
-        let buffers = || (0..config.n_layers).map(|_| Tensor::zeros(shape, DType::F32, device)).collect::<Result<_>>();
+        let buffers =
+            || (0..config.n_layers).map(|_| Tensor::zeros(shape, DType::F32, device)).collect::<Result<_>>();
         Ok(Cache { keys: buffers()?, values: buffers()?, capacity, filled: 0 })
     }
 
@@ -25,7 +26,11 @@ impl Cache {
     pub fn append(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let tokens = k.dim(2)?;
         if self.filled + tokens > self.capacity {
-            candle_core::bail!("the cache holds {} tokens, {} are needed", self.capacity, self.filled + tokens);
+            candle_core::bail!(
+                "the cache holds {} tokens, {} are needed",
+                self.capacity,
+                self.filled + tokens
+            );
         }
         self.keys[layer].slice_set(&k.contiguous()?, 2, self.filled)?;
         self.values[layer].slice_set(&v.contiguous()?, 2, self.filled)?;
@@ -42,6 +47,11 @@ impl Cache {
     pub fn select(&self, rows: &[u32]) -> Result<Self> {
         let index = Tensor::new(rows, self.keys[0].device())?;
         let pick = |all: &[Tensor]| all.iter().map(|t| t.index_select(&index, 0)).collect::<Result<Vec<_>>>();
-        Ok(Cache { keys: pick(&self.keys)?, values: pick(&self.values)?, capacity: self.capacity, filled: self.filled })
+        Ok(Cache {
+            keys: pick(&self.keys)?,
+            values: pick(&self.values)?,
+            capacity: self.capacity,
+            filled: self.filled,
+        })
     }
 }

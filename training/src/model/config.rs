@@ -29,6 +29,8 @@ pub struct Config {
     pub rope_theta: f64,
     /// Epsilon of RMSNorm.
     pub norm_eps: f64,
+    /// The output head is the token embedding.
+    pub tied_head: bool,
 }
 
 /// The subset of `config.json` that matters; transformers omits what equals its defaults.
@@ -51,6 +53,8 @@ struct HfConfig {
     rms_norm_eps: f64,
     #[serde(default = "default_activation")]
     hidden_act: String,
+    #[serde(default)]
+    tie_word_embeddings: bool,
 }
 
 #[derive(serde::Deserialize)]
@@ -74,9 +78,10 @@ impl Config {
     /// Reads `config.json` of a transformers folder.
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let c: HfConfig =
-            serde_json::from_str(&text).with_context(|| format!("{} is not a decoder configuration", path.display()))?;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let c: HfConfig = serde_json::from_str(&text)
+            .with_context(|| format!("{} is not a decoder configuration", path.display()))?;
         if c.hidden_act != "silu" {
             bail!("activation `{}` is not supported; the Llama family uses `silu`", c.hidden_act);
         }
@@ -98,6 +103,7 @@ impl Config {
             max_positions: c.max_position_embeddings,
             rope_theta: theta,
             norm_eps: c.rms_norm_eps,
+            tied_head: c.tie_word_embeddings,
         }
         .validated()
     }
@@ -105,15 +111,23 @@ impl Config {
     /// Reads the metadata of a GGUF file.
     pub fn from_gguf(content: &Content) -> Result<Self> {
         let text = |key: &str| -> Result<String> {
-            Ok(content.metadata.get(key).with_context(|| format!("the GGUF has no `{key}`"))?.to_string()?.clone())
+            Ok(content
+                .metadata
+                .get(key)
+                .with_context(|| format!("the GGUF has no `{key}`"))?
+                .to_string()?
+                .clone())
         };
         let architecture = text("general.architecture")?;
         let find = |key: &str| content.metadata.get(&format!("{architecture}.{key}"));
         let number = |key: &str| -> Result<usize> {
             integer(find(key).with_context(|| format!("the GGUF has no `{architecture}.{key}`"))?)
         };
-        let real = |key: &str, default: f64| find(key).and_then(|v| v.to_f32().ok()).map_or(default, shortest);
-        if let Some(kind) = find("rope.scaling.type").and_then(|v| v.to_string().ok()).filter(|k| *k != "none") {
+        let real =
+            |key: &str, default: f64| find(key).and_then(|v| v.to_f32().ok()).map_or(default, shortest);
+        if let Some(kind) =
+            find("rope.scaling.type").and_then(|v| v.to_string().ok()).filter(|k| *k != "none")
+        {
             bail!("rope scaling `{kind}` is not supported yet");
         }
         let (hidden_size, n_heads) = (number("embedding_length")?, number("attention.head_count")?);
@@ -133,6 +147,7 @@ impl Config {
             max_positions: number("context_length")?,
             rope_theta: real("rope.freq_base", 10_000.0),
             norm_eps: real("attention.layer_norm_rms_epsilon", 1e-5),
+            tied_head: !content.tensor_infos.contains_key("output.weight"),
             architecture,
         }
         .validated()
@@ -142,8 +157,12 @@ impl Config {
         if self.architecture != "llama" {
             bail!("architecture `{}` is not supported yet; supported: llama", self.architecture);
         }
-        let positive = [self.hidden_size, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim, self.vocab_size];
-        if positive.contains(&0) || !self.n_heads.is_multiple_of(self.n_kv_heads) || !self.head_dim.is_multiple_of(2) {
+        let positive =
+            [self.hidden_size, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim, self.vocab_size];
+        if positive.contains(&0)
+            || !self.n_heads.is_multiple_of(self.n_kv_heads)
+            || !self.head_dim.is_multiple_of(2)
+        {
             bail!("the model's shape contradicts itself: {self:?}");
         }
         Ok(self)

@@ -89,7 +89,10 @@ impl Batch {
             left_pad.push(longest - s.len());
             ids.extend(std::iter::repeat_n(0u32, longest - s.len()).chain(s.iter().copied()));
         }
-        Ok(Batch { ids: Tensor::from_vec(ids, (sequences.len(), longest), device)?, left_pad: left_pad.into() })
+        Ok(Batch {
+            ids: Tensor::from_vec(ids, (sequences.len(), longest), device)?,
+            left_pad: left_pad.into(),
+        })
     }
 }
 
@@ -186,7 +189,8 @@ impl Decoder {
     ) -> Result<Tensor> {
         let (batch, tokens, hidden) = x.dims3()?;
         let flat = |t: Tensor| t.reshape((batch * tokens, hidden));
-        let attended = self.attention(layer, block, &flat(block.attention_norm.forward(&x)?)?, pass, loras, cache)?;
+        let attended =
+            self.attention(layer, block, &flat(block.attention_norm.forward(&x)?)?, pass, loras, cache)?;
         let x = (flat(x)? + attended)?;
         let h = block.mlp_norm.forward(&x)?;
         let linear = |m: Module, h: &Tensor| block.linear(m, h, loras);

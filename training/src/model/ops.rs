@@ -107,7 +107,13 @@ impl CustomOp2 for RmsNormGrad {
         "emaudit-rms-norm-grad"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (x, dy, width) = (elements(s1, l1)?, elements(s2, l2)?, self.weight.len());
         let mut out = vec![0f32; x.len()];
         by_rows(&mut out, width, |first, block| {
@@ -236,14 +242,26 @@ impl CustomOp2 for SwiGlu {
         "emaudit-swiglu"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
         elementwise(&mut out, |i| gate[i] * sigmoid(gate[i]) * up[i]);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
-    fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (gate, up, dy) = (gate.contiguous()?.detach(), up.contiguous()?.detach(), dy.contiguous()?);
         let dgate = gate.apply_op3_no_bwd(&up, &dy, &SwiGluGateGrad)?;
         let dup = gate.apply_op2_no_bwd(&dy, &SwiGluUpGrad)?;
@@ -280,7 +298,13 @@ impl CustomOp2 for SwiGluUpGrad {
         "emaudit-swiglu-up-grad"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (gate, dy) = (elements(s1, l1)?, elements(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
         elementwise(&mut out, |i| dy[i] * gate[i] * sigmoid(gate[i]));
@@ -377,7 +401,13 @@ impl CustomOp2 for AttentionSoftmaxGrad {
         "emaudit-attention-softmax-grad"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (y, dy, keys) = (elements(s1, l1)?, elements(s2, l2)?, l1.dim(D::Minus1)?);
         let mut out = vec![0f32; y.len()];
         by_rows(&mut out, keys, |first, block| {
@@ -453,7 +483,13 @@ impl CustomOp2 for CrossEntropyGrad {
         "emaudit-cross-entropy-grad"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (x, dy) = (elements(s1, l1)?, elements(s2, l2)?[0]);
         let (tokens, vocab) = l1.shape().dims2()?;
         let scale = dy / tokens as f32;

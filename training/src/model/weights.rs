@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::quantized::gguf_file::Content;
 use candle_core::{DType, Device, Tensor};
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 /// f32 bytes up to which decoded NF4 weights are kept: above it they are decoded for every use.
@@ -46,8 +46,10 @@ fn assemble(config: Config, source: &mut Source, options: &LoadOptions) -> Resul
             let name = format!("model.layers.{layer}.{}", module.path());
             let weight = source.tensor(&format!("{name}.weight"), &[out, inp], &options.device)?;
             let bias = format!("{name}.bias");
-            let bias = source.has(&bias).then(|| source.tensor(&bias, &[out], &options.device)).transpose()?;
-            linears.push(Frozen::new(weight, bias, options.storage, keep)?);
+            let bias =
+                source.has(&bias).then(|| source.tensor(&bias, &[out], &options.device)).transpose()?;
+            let frozen = Frozen::new(weight, bias, options.storage, keep);
+            linears.push(frozen.with_context(|| format!("cannot use tensor `{name}.weight`"))?);
         }
         blocks.push(Block {
             attention_norm: norm(source, &format!("model.layers.{layer}.input_layernorm.weight"))?,
@@ -57,9 +59,9 @@ fn assemble(config: Config, source: &mut Source, options: &LoadOptions) -> Resul
     }
     let shape = [c.vocab_size, c.hidden_size];
     let embedding = source.tensor("model.embed_tokens.weight", &shape, &options.device)?;
-    let head = match source.has("lm_head.weight") {
-        true => source.tensor("lm_head.weight", &shape, &options.device)?,
-        false => embedding.clone(),
+    let head = match c.tied_head {
+        true => embedding.clone(),
+        false => source.tensor("lm_head.weight", &shape, &options.device)?,
     };
     let half = c.head_dim / 2;
     let inverse_frequencies = (0..half).map(|i| c.rope_theta.powf(-(i as f64) / half as f64)).collect();
@@ -88,24 +90,28 @@ fn dims(c: &Config, module: Module) -> (usize, usize) {
 
 /// Where tensors come from, asked for by their transformers name.
 enum Source {
-    Gguf { content: Content, reader: BufReader<File>, config: Config },
+    Gguf { content: Content, reader: BufReader<File>, config: Box<Config> },
     Folder { path: PathBuf, files: Vec<Shard> },
 }
 
+/// One safetensors file, of which only the header is held.
 struct Shard {
     path: PathBuf,
-    names: Vec<String>,
+    header: safetensors::tensor::Metadata,
+    /// Where the tensors' bytes begin.
+    start: u64,
 }
 
 impl Source {
     fn gguf(path: &Path) -> Result<Self> {
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let mut reader = BufReader::new(file);
-        let content = Content::read(&mut reader).with_context(|| format!("{} is not a GGUF file", path.display()))?;
+        let content =
+            Content::read(&mut reader).with_context(|| format!("{} is not a GGUF file", path.display()))?;
         if content.tensor_infos.contains_key("rope_freqs.weight") {
             bail!("{} scales its rotary frequencies, which is not supported yet", path.display());
         }
-        let config = Config::from_gguf(&content)?;
+        let config = Box::new(Config::from_gguf(&content)?);
         Ok(Source::Gguf { content, reader, config })
     }
 
@@ -116,7 +122,7 @@ impl Source {
             if file.extension().is_some_and(|e| e == "safetensors")
                 && file.file_name().is_some_and(|n| n.to_string_lossy().starts_with("model"))
             {
-                files.push(Shard { names: tensor_names(&file)?, path: file });
+                files.push(Shard::open(file)?);
             }
         }
         if files.is_empty() {
@@ -128,15 +134,17 @@ impl Source {
 
     fn config(&self) -> Result<Config> {
         match self {
-            Source::Gguf { config, .. } => Ok(config.clone()),
+            Source::Gguf { config, .. } => Ok(Config::clone(config)),
             Source::Folder { path, .. } => Config::from_folder(path),
         }
     }
 
     fn has(&self, name: &str) -> bool {
         match self {
-            Source::Gguf { content, .. } => gguf_name(name).is_some_and(|n| content.tensor_infos.contains_key(&n)),
-            Source::Folder { files, .. } => files.iter().any(|f| f.names.iter().any(|n| n == name)),
+            Source::Gguf { content, .. } => {
+                gguf_name(name).is_some_and(|n| content.tensor_infos.contains_key(&n))
+            }
+            Source::Folder { files, .. } => files.iter().any(|f| f.header.info(name).is_some()),
         }
     }
 
@@ -157,10 +165,10 @@ impl Source {
                 if heads > 0 { undo_rope_permutation(&tensor, heads)? } else { tensor }
             }
             Source::Folder { path, files } => {
-                let Some(shard) = files.iter().find(|f| f.names.iter().any(|n| n == name)) else {
+                let Some(shard) = files.iter().find(|f| f.header.info(name).is_some()) else {
                     bail!("{} holds no tensor `{name}`", path.display());
                 };
-                read_tensor(&shard.path, name, device)?
+                shard.tensor(name, device)?
             }
         };
         if tensor.dims() != shape {
@@ -206,22 +214,50 @@ fn gguf_name(name: &str) -> Option<String> {
     Some(whole.to_owned())
 }
 
-fn tensor_names(file: &Path) -> Result<Vec<String>> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)
-        .with_context(|| format!("{} is not a safetensors file", file.display()))?;
-    Ok(header.tensors().keys().cloned().collect())
-}
+/// Longest header the format allows.
+const MAX_HEADER: u64 = 100_000_000;
 
-fn read_tensor(file: &Path, name: &str, device: &Device) -> Result<Tensor> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
-    let view = tensors.tensor(name)?;
-    let dtype = match view.dtype() {
-        safetensors::Dtype::F32 => DType::F32,
-        safetensors::Dtype::F16 => DType::F16,
-        safetensors::Dtype::BF16 => DType::BF16,
-        other => bail!("tensor `{name}` is stored as {other:?}, which is not supported"),
-    };
-    Ok(Tensor::from_raw_buffer(view.data(), dtype, view.shape(), device)?.to_dtype(DType::F32)?)
+impl Shard {
+    fn open(path: PathBuf) -> Result<Self> {
+        let read = || -> Result<(safetensors::tensor::Metadata, u64)> {
+            let mut file = File::open(&path)?;
+            let mut length = [0u8; 8];
+            file.read_exact(&mut length)?;
+            let length = u64::from_le_bytes(length);
+            if length > MAX_HEADER {
+                bail!("its header claims {length} bytes");
+            }
+            let mut header = vec![0u8; length as usize];
+            file.read_exact(&mut header)?;
+            let header: safetensors::tensor::Metadata = serde_json::from_slice(&header)?;
+            let (expected, found) = (8 + length + header.data_len() as u64, file.metadata()?.len());
+            if expected != found {
+                bail!("it has {found} bytes, its header says {expected}");
+            }
+            Ok((header, 8 + length))
+        };
+        let (header, start) =
+            read().with_context(|| format!("{} is not a safetensors file", path.display()))?;
+        Ok(Shard { path, header, start })
+    }
+
+    /// Reads this tensor's bytes and no others: a checkpoint may be larger than the memory.
+    fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let info = self.header.info(name).with_context(|| format!("no tensor `{name}`"))?;
+        let dtype = match info.dtype {
+            safetensors::Dtype::F32 => DType::F32,
+            safetensors::Dtype::F16 => DType::F16,
+            safetensors::Dtype::BF16 => DType::BF16,
+            other => bail!("tensor `{name}` is stored as {other:?}, which is not supported"),
+        };
+        let (from, to) = info.data_offsets;
+        let mut bytes = vec![0u8; to - from];
+        let read = |bytes: &mut [u8]| -> std::io::Result<()> {
+            let mut file = File::open(&self.path)?;
+            file.seek(SeekFrom::Start(self.start + from as u64))?;
+            file.read_exact(bytes)
+        };
+        read(&mut bytes).with_context(|| format!("cannot read `{name}` from {}", self.path.display()))?;
+        Ok(Tensor::from_raw_buffer(&bytes, dtype, &info.shape, device)?.to_dtype(DType::F32)?)
+    }
 }

@@ -2,7 +2,9 @@
 
 use super::Nf4;
 use anyhow::Result;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Device, Layout, Shape, Tensor, backend::BackendStorage};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, Device, Layout, Shape, Tensor, backend::BackendStorage,
+};
 use std::sync::Arc;
 
 /// How a frozen weight is kept.
@@ -25,7 +27,11 @@ pub struct Frozen {
 enum Weight {
     Full(Tensor),
     /// `decoded` is kept where memory allows: small models decode once instead of for every use.
-    Quantized { nf4: Nf4, decoded: Option<Tensor>, device: Device },
+    Quantized {
+        nf4: Nf4,
+        decoded: Option<Tensor>,
+        device: Device,
+    },
 }
 
 impl Frozen {

@@ -4,4 +4,4 @@ mod frozen;
 mod nf4;
 
 pub use frozen::{Frozen, Storage};
-pub use nf4::{BLOCK, Nf4, SCALE_BLOCK, dynamic_map};
+pub use nf4::{BLOCK, CODEBOOK, Nf4, SCALE_BLOCK, dynamic_map};

@@ -49,23 +49,33 @@ pub struct Nf4 {
     pub cols: usize,
 }
 
-/// The signed 8-bit dynamic map of bitsandbytes, ascending.
+/// The signed 8-bit dynamic map of bitsandbytes, ascending, to the last bit.
+///
+/// Each decade is divided as `torch.linspace` does it: from both ends to the middle, multiply-add rounded once.
 pub fn dynamic_map() -> [f32; 256] {
     let mut values = Vec::with_capacity(256);
     for exponent in 0..7i32 {
         let items = 1usize << exponent;
         let scale = 10f64.powi(exponent - 6) as f32;
-        let step = 0.9f32 / items as f32;
+        let step = (1.0 - 0.1f32) / items as f32;
+        let boundary = |i: usize| match i < items.div_ceil(2) {
+            true => step.mul_add(i as f32, 0.1),
+            false => step.mul_add(-((items - i) as f32), 1.0),
+        };
         for i in 0..items {
-            let low = 0.1 + step * i as f32;
-            let high = if i + 1 == items { 1.0 } else { 0.1 + step * (i + 1) as f32 };
-            let mean = scale * ((low + high) / 2.0);
+            let mean = scale * ((boundary(i) + boundary(i + 1)) / 2.0);
             values.extend([mean, -mean]);
         }
     }
     values.extend([0.0, 1.0]);
     values.sort_by(f32::total_cmp);
     values.try_into().expect("254 signed means, zero and one make 256")
+}
+
+/// What values are multiplied by to lie within [-1, 1]. Like bitsandbytes it takes a largest value below 1e-38
+/// for 1e-38: the reciprocal of a subnormal number overflows, and zero times infinity is no number.
+fn inverse(largest: f32) -> f32 {
+    1.0 / largest.max(1e-38)
 }
 
 /// Index of the codebook value nearest to `x`; ties go down, as a search over midpoints does.
@@ -85,7 +95,10 @@ impl Nf4 {
     /// Quantises a row-major `rows x cols` matrix; its size must be a multiple of 64 and its values finite.
     pub fn quantize(values: &[f32], rows: usize, cols: usize) -> Result<Self> {
         if values.len() != rows * cols || values.is_empty() || !values.len().is_multiple_of(BLOCK) {
-            bail!("NF4 needs rows x cols values in multiples of {BLOCK}, got {rows} x {cols} and {}", values.len());
+            bail!(
+                "NF4 needs rows x cols values in multiples of {BLOCK}, got {rows} x {cols} and {}",
+                values.len()
+            );
         }
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             bail!("weight {at} is not finite; the checkpoint is damaged");
@@ -96,7 +109,7 @@ impl Nf4 {
             .par_chunks(BLOCK)
             .zip(absmax.par_iter())
             .flat_map_iter(|(block, &scale)| {
-                let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+                let inverse = inverse(scale);
                 let code = move |v: f32| nearest(&CODEBOOK, v * inverse);
                 block.chunks_exact(2).map(move |p| code(p[0]) << 4 | code(p[1]))
             })
@@ -108,15 +121,15 @@ impl Nf4 {
     /// Block scales after decoding.
     pub fn scales(&self) -> Vec<f32> {
         let map = dynamic_map();
-        let decode = |(i, &c): (usize, &u8)| map[c as usize] * self.scale_absmax[i / SCALE_BLOCK] + self.scale_offset;
+        let decode =
+            |(i, &c): (usize, &u8)| map[c as usize] * self.scale_absmax[i / SCALE_BLOCK] + self.scale_offset;
         self.scale_codes.iter().enumerate().map(decode).collect()
     }
 
     /// Decodes the whole matrix, row-major.
     pub fn dequantize(&self) -> Vec<f32> {
         let scales = self.scales();
-        let pairs: Vec<[f32; 2]> =
-            (0..=255usize).map(|b| [CODEBOOK[b >> 4], CODEBOOK[b & 15]]).collect();
+        let pairs: Vec<[f32; 2]> = (0..=255usize).map(|b| [CODEBOOK[b >> 4], CODEBOOK[b & 15]]).collect();
         let mut out = vec![0f32; self.rows * self.cols];
         out.par_chunks_mut(BLOCK).zip(self.packed.par_chunks(BLOCK / 2)).zip(scales.par_iter()).for_each(
             |((out, packed), &scale)| {
@@ -143,7 +156,7 @@ fn quantize_scales(absmax: &[f32]) -> (Vec<u8>, Vec<f32>, f32) {
     let mut second = Vec::with_capacity(absmax.len().div_ceil(SCALE_BLOCK));
     for block in absmax.chunks(SCALE_BLOCK) {
         let largest = block.iter().fold(0f32, |m, v| m.max((v - offset).abs()));
-        let inverse = if largest > 0.0 { 1.0 / largest } else { 0.0 };
+        let inverse = inverse(largest);
         codes.extend(block.iter().map(|v| nearest(&map, (v - offset) * inverse)));
         second.push(largest);
     }
@@ -163,7 +176,8 @@ mod tests {
 
     #[test]
     fn every_value_decodes_to_the_nearest_code_times_its_scale() {
-        let values: Vec<f32> = (0..64 * 300).map(|i| ((i * 7919 % 2003) as f32 / 1001.5 - 1.0) * 0.1).collect();
+        let values: Vec<f32> =
+            (0..64 * 300).map(|i| ((i * 7919 % 2003) as f32 / 1001.5 - 1.0) * 0.1).collect();
         let q = Nf4::quantize(&values, 300, 64).unwrap();
         // The widest gap of the codebook is 0.3038, so half of it bounds the error in units of the scale;
         // the scale itself is off by at most half the widest step of its map times its second-level scale.

@@ -1,0 +1,11 @@
+//! The decoder, NF4, LoRA and finetuning against transformers, PEFT and bitsandbytes.
+//!
+//! The reference numbers are committed; `tests/fixtures/make_fixtures.py` says how they were made.
+
+mod adapters;
+mod decoder;
+mod finetuning;
+mod fixture;
+mod nf4;
+mod real;
+mod refusals;
