@@ -9,6 +9,9 @@ const WARNINGS: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "
 /// What the static library needs of the system.
 const SYSTEM_LIBRARIES: [&str; 3] = ["-lpthread", "-ldl", "-lm"];
 
+/// Names the sanitizers the programs are built with, such as `address,undefined`; what they find ends them.
+const SANITIZE: &str = "EMAUDIT_SANITIZE";
+
 /// A language standard, which decides the compiler.
 #[derive(Clone, Copy, Debug)]
 pub enum Standard {
@@ -42,6 +45,10 @@ impl Standard {
         }
         let mut command = Command::new(name);
         command.arg(self.flag()).args(WARNINGS).arg("-O1").arg("-I").arg(root().join("include"));
+        if let Ok(sanitizers) = std::env::var(SANITIZE) {
+            command.arg(format!("-fsanitize={sanitizers}"));
+            command.args(["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]);
+        }
         command
     }
 }
