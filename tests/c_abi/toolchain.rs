@@ -12,6 +12,9 @@ const SYSTEM_LIBRARIES: [&str; 3] = ["-lpthread", "-ldl", "-lm"];
 /// Names the sanitizers the programs are built with, such as `address,undefined`; what they find ends them.
 const SANITIZE: &str = "EMAUDIT_SANITIZE";
 
+/// What a program with the thread sanitizer needs besides its own sources.
+const THREAD_SANITIZER: &str = "tests/c/thread_sanitizer.c";
+
 /// A language standard, which decides the compiler.
 #[derive(Clone, Copy, Debug)]
 pub enum Standard {
@@ -100,6 +103,9 @@ pub fn build(
     let program = directory.join(format!("{name}-{linkage:?}"));
     let mut compiler = standard.compiler();
     compiler.arg("-o").arg(&program).args(sources.iter().map(|source| root().join(source)));
+    if std::env::var(SANITIZE).is_ok_and(|sanitizers| sanitizers == "thread") {
+        compiler.arg(root().join(THREAD_SANITIZER));
+    }
     match linkage {
         Linkage::Shared => {
             let library = shared_library();
