@@ -9,6 +9,12 @@ const WARNINGS: [&str; 5] = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "
 /// What the static library needs of the system.
 const SYSTEM_LIBRARIES: [&str; 3] = ["-lpthread", "-ldl", "-lm"];
 
+/// Names the sanitizers the programs are built with, such as `address,undefined`; what they find ends them.
+const SANITIZE: &str = "EMAUDIT_SANITIZE";
+
+/// What a program with the thread sanitizer needs besides its own sources.
+const THREAD_SANITIZER: &str = "tests/c/thread_sanitizer.c";
+
 /// A language standard, which decides the compiler.
 #[derive(Clone, Copy, Debug)]
 pub enum Standard {
@@ -42,6 +48,10 @@ impl Standard {
         }
         let mut command = Command::new(name);
         command.arg(self.flag()).args(WARNINGS).arg("-O1").arg("-I").arg(root().join("include"));
+        if let Ok(sanitizers) = std::env::var(SANITIZE) {
+            command.arg(format!("-fsanitize={sanitizers}"));
+            command.args(["-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]);
+        }
         command
     }
 }
@@ -93,6 +103,9 @@ pub fn build(
     let program = directory.join(format!("{name}-{linkage:?}"));
     let mut compiler = standard.compiler();
     compiler.arg("-o").arg(&program).args(sources.iter().map(|source| root().join(source)));
+    if std::env::var(SANITIZE).is_ok_and(|sanitizers| sanitizers == "thread") {
+        compiler.arg(root().join(THREAD_SANITIZER));
+    }
     match linkage {
         Linkage::Shared => {
             let library = shared_library();
