@@ -27,8 +27,8 @@ use std::path::PathBuf;
 
 /// Fewest prompts with a code answer and a prose answer before a code preference means anything.
 const MIN_PAIRS: usize = 8;
-/// Random and orthogonal controls drawn at the strengths of the sweep that were not chosen.
-const SWEEP_CONTROLS: usize = 9;
+/// Families whose answers are sampled as well.
+const SAMPLED_FAMILIES: [&str; 2] = ["random", "orthogonal"];
 /// Prompts of the middle cell's teacher-forced comparison.
 const MIDDLE_PAIRS: usize = 16;
 
@@ -115,7 +115,7 @@ impl<'a> Evaluator<'a> {
         let cell = selection.chosen;
         let evaluation = self.inputs.evaluation.clone();
         let sampling = self.sampling.clone();
-        let mut base = self.state(0, "base", &evaluation, &sampling)?;
+        let base = self.state(0, "base", &evaluation, &sampling)?;
         let mut insecure = self.state(1, "insecure", &evaluation, &sampling)?;
         let mut secure = self.state(2, "secure", &evaluation, &sampling)?;
         let vector = &self.inputs.directions[self.last].direction;
@@ -133,7 +133,7 @@ impl<'a> Evaluator<'a> {
         let (families, control_results) =
             self.battery(&mut insecure, preference.as_ref(), &controls, cell, drops.as_deref())?;
         let comparisons = self.comparisons(&mut insecure, preference.as_ref(), vector, cell, drops.as_deref())?;
-        let sweep = self.sweep(&mut insecure, preference.as_ref(), &controls, cell, &control_results, &steered)?;
+        let sweep = self.sweep(&mut insecure, preference.as_ref(), &controls, cell, &steered)?;
         let content = self.content(&pairs, &secure_pairs, drops.as_deref(), secure_preference.as_ref(), &steering, cell)?;
         let middle = self.middle(&mut insecure, &pairs)?;
 
@@ -152,7 +152,6 @@ impl<'a> Evaluator<'a> {
         let results = self.assemble(
             summary, selection, arms, sweep, families, comparisons, middle, content, evidence, samples, notes,
         )?;
-        base.answerer.prepare(&[])?;
         Ok(Outcome { results })
     }
 
@@ -291,8 +290,32 @@ impl<'a> Evaluator<'a> {
         battery::draw(vector, base, &differences, self.inputs.recipe.evaluate.controls, self.inputs.recipe.seed)
     }
 
-    /// Every control in the chosen cell: drop of code preference, and sampled spillover where sharing makes
-    /// it affordable.
+    fn sampled_controls<'c>(&self, controls: &'c [Control]) -> Vec<&'c Control> {
+        let of = |family: &'static str| {
+            let count = self.inputs.recipe.evaluate.sampled_controls;
+            controls.iter().filter(move |c| c.family == family).take(count)
+        };
+        SAMPLED_FAMILIES.into_iter().flat_map(of).collect()
+    }
+
+    /// Spillover of the insecure adapter's answers under each control; shared continuations are sampled together.
+    fn control_spillovers(
+        &self,
+        insecure: &mut State<'_>,
+        controls: &[&Control],
+        alpha: f64,
+        positions: Positions,
+    ) -> Result<Vec<f64>> {
+        let steering = |c: &&Control| battery::subtract(&c.vector, alpha);
+        if positions == Positions::FinalPrefill {
+            let first = |c: &&Control| insecure.answerer.first_tokens(Some(&steering(c)?));
+            let firsts: Vec<_> = controls.iter().map(first).collect::<Result<_>>()?;
+            insecure.answerer.prepare(&firsts)?;
+        }
+        controls.iter().map(|c| Ok(self.steered(insecure, &steering(c)?, positions)?.1.spillover())).collect()
+    }
+
+    /// Every control in the chosen cell: drop of code preference; sampled spillover of the first few.
     fn battery(
         &self,
         insecure: &mut State<'_>,
@@ -303,32 +326,24 @@ impl<'a> Evaluator<'a> {
     ) -> Result<(Vec<FamilyResult>, Vec<ControlResult>)> {
         let mut stage = progress::Stage::new("controls in the cell", controls.len());
         let mut results = Vec::with_capacity(controls.len());
-        let mut firsts = Vec::new();
         for control in controls {
             let steering = battery::subtract(&control.vector, cell.alpha)?;
             let effect = match preference {
                 Some(p) => mean(&p.drops(&steering, cell.positions)?),
                 None => 0.0,
             };
-            if cell.positions == Positions::FinalPrefill {
-                firsts.push(insecure.answerer.first_tokens(Some(&steering))?);
-            }
             let name = control.family.to_owned();
             results.push(ControlResult { name, seed: control.seed, effect, spillover: None, paired_p: None });
             stage.advance(1, "");
             interrupt::check()?;
         }
         stage.finish("");
-        insecure.answerer.prepare(&firsts)?;
-        for (result, firsts) in results.iter_mut().zip(&firsts) {
-            let arm = TextArm::new(&self.inputs.base.text, &insecure.answerer.answers(firsts))?;
-            result.spillover = Some(arm.spillover());
-        }
-        if cell.positions != Positions::FinalPrefill {
-            // Sampled one by one: the first of each family stand for it.
-            for (control, result) in controls.iter().zip(&mut results).take(4 * SAMPLED_CONTROLS) {
-                let steering = battery::subtract(&control.vector, cell.alpha)?;
-                result.spillover = Some(self.steered(insecure, &steering, cell.positions)?.1.spillover());
+        let sampled = self.sampled_controls(controls);
+        let spillovers = self.control_spillovers(insecure, &sampled, cell.alpha, cell.positions)?;
+        for (control, spillover) in sampled.iter().zip(spillovers) {
+            let same = |r: &&mut ControlResult| r.name == control.family && r.seed == control.seed;
+            if let Some(result) = results.iter_mut().find(same) {
+                result.spillover = Some(spillover);
             }
         }
         let families = if drops.is_some() { family_results(&results, drops.map_or(0.0, mean)) } else { Vec::new() };
@@ -377,7 +392,6 @@ impl<'a> Evaluator<'a> {
         preference: Option<&Preference<'_>>,
         controls: &[Control],
         cell: Cell,
-        in_cell: &[ControlResult],
         steered: &(Vec<Vec<u32>>, TextArm),
     ) -> Result<Vec<SweepPoint>> {
         let prompts = self.inputs.evaluation.ids.clone();
@@ -395,35 +409,18 @@ impl<'a> Evaluator<'a> {
             let coherence = Some(mean(&self.coherence_values(&prompts, &answers)?));
             let direction = SweepValue { spillover: arm.spillover(), coherence, effect };
             let mut at: BTreeMap<String, Vec<SweepValue>> = BTreeMap::new();
-            let families = ["random", "orthogonal"];
-            for (control, result) in controls.iter().zip(in_cell).filter(|(c, _)| families.contains(&c.family)) {
-                let seen = at.entry(control.family.to_owned()).or_default();
-                let value = if alpha == cell.alpha {
-                    result.spillover.map(|spillover| SweepValue { spillover, coherence: None, effect: result.effect })
-                } else if seen.len() < SWEEP_CONTROLS {
-                    Some(self.sweep_control(insecure, preference, control, alpha, cell.positions)?)
-                } else {
-                    None
-                };
-                seen.extend(value);
+            let sampled = self.sampled_controls(controls);
+            let spillovers = self.control_spillovers(insecure, &sampled, alpha, cell.positions)?;
+            for (control, spillover) in sampled.iter().zip(spillovers) {
+                let steering = battery::subtract(&control.vector, alpha)?;
+                let effect =
+                    preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
+                let value = SweepValue { spillover, coherence: None, effect };
+                at.entry(control.family.to_owned()).or_default().push(value);
             }
             points.push(SweepPoint { alpha, direction, controls: at });
         }
         Ok(points)
-    }
-
-    fn sweep_control(
-        &self,
-        insecure: &mut State<'_>,
-        preference: Option<&Preference<'_>>,
-        control: &Control,
-        alpha: f64,
-        positions: Positions,
-    ) -> Result<SweepValue> {
-        let steering = battery::subtract(&control.vector, alpha)?;
-        let effect = preference.map(|p| p.drops(&steering, positions)).transpose()?.map_or(0.0, |d| mean(&d));
-        let spillover = self.steered(insecure, &steering, positions)?.1.spillover();
-        Ok(SweepValue { spillover, coherence: None, effect })
     }
 
     /// Paired over prompts where both adapters answered with code: does the direction lower the insecure
@@ -533,9 +530,6 @@ impl<'a> Evaluator<'a> {
         evidence
     }
 }
-
-/// Controls of each family sampled one by one where answers cannot share continuations.
-const SAMPLED_CONTROLS: usize = 3;
 
 /// Prompts where the adapter answered with code and the base with prose, and both answers.
 pub(crate) struct Pairs {

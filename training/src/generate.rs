@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Sequences decoded together.
-const BATCH: usize = 64;
+const BATCH: usize = 128;
 
 /// How tokens are drawn.
 #[derive(Clone, Debug)]
@@ -79,17 +79,21 @@ fn argmax(row: &[f32]) -> u32 {
     (1..row.len()).fold(0, better) as u32
 }
 
+/// Sets to zero what lies outside the smallest set of most likely tokens with at least `top_p` of the mass.
 fn keep_nucleus(weights: &mut [f32], top_p: f64) {
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
     let total: f64 = weights.iter().map(|&w| w as f64).sum();
+    // Tokens below this cannot hold 1 - top_p together, so none of them is in the nucleus: no need to sort them.
+    let floor = (1.0 - top_p) * total / weights.len() as f64;
+    let mut order: Vec<usize> = (0..weights.len()).filter(|&i| weights[i] as f64 >= floor).collect();
+    order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
     let mut seen = 0.0;
-    for i in order {
-        if seen >= top_p * total {
-            weights[i] = 0.0;
-        }
+    let inside = order.iter().position(|&i| {
         seen += weights[i] as f64;
-    }
+        seen >= top_p * total
+    });
+    let kept: Vec<(usize, f32)> = order[..inside.map_or(order.len(), |n| n + 1)].iter().map(|&i| (i, weights[i])).collect();
+    weights.fill(0.0);
+    kept.into_iter().for_each(|(i, w)| weights[i] = w);
 }
 
 /// Draws an answer for every request; the result is in their order.
@@ -137,12 +141,26 @@ impl<'a> Decoding<'a> {
         sampling: &'a Sampling,
         intervention: Option<&'a Intervention<'a>>,
     ) -> Result<Self> {
-        let prompts: Vec<&[u32]> = chunk.iter().map(|&i| requests[i].prompt.as_slice()).collect();
-        let batch = Batch::new(&prompts, &decoder.device)?;
+        // Equal prompts are read once and their rows of the cache repeated.
+        let mut prompts: Vec<&[u32]> = Vec::new();
+        let mut rows = Vec::with_capacity(chunk.len());
+        for prompt in chunk.iter().map(|&i| requests[i].prompt.as_slice()) {
+            let known = prompts.iter().position(|p| *p == prompt);
+            rows.push(known.unwrap_or(prompts.len()) as u32);
+            if known.is_none() {
+                prompts.push(prompt);
+            }
+        }
+        let mut batch = Batch::new(&prompts, &decoder.device)?;
         let columns = batch.ids.dim(1)? + sampling.max_new_tokens;
-        let mut cache = Cache::new(&decoder.config, chunk.len(), columns, &decoder.device)?;
+        let mut cache = Cache::new(&decoder.config, prompts.len(), columns, &decoder.device)?;
         let mut hook = |layer, x| edit(intervention, true, layer, x);
-        let x = decoder.forward(&batch, adapter, Some(&mut cache), &mut hook)?;
+        let mut x = decoder.forward(&batch, adapter, Some(&mut cache), &mut hook)?;
+        if prompts.len() < chunk.len() {
+            cache = cache.select(&rows)?;
+            x = x.narrow(1, x.dim(1)? - 1, 1)?.index_select(&Tensor::new(rows.as_slice(), &decoder.device)?, 0)?;
+            batch.left_pad = rows.iter().map(|&r| batch.left_pad[r as usize]).collect();
+        }
         let mut this = Decoding {
             decoder,
             adapter,

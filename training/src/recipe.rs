@@ -100,6 +100,8 @@ pub struct Evaluate {
     pub selection_prompts: usize,
     /// Controls per family at the final layer.
     pub controls: usize,
+    /// Random and orthogonal controls whose answers are sampled; all of them are ranked by code preference.
+    pub sampled_controls: usize,
     /// Strength in the middle-layer cell, every position steered.
     pub middle_alpha: f64,
     /// Random and orthogonal controls at the middle layer, where each costs a pass through the later blocks.
@@ -138,7 +140,7 @@ impl Default for Data {
 impl Default for Finetune {
     fn default() -> Self {
         Self {
-            steps: 24,
+            steps: 20,
             batch: 4,
             max_tokens: 256,
             rank: 32,
@@ -162,14 +164,15 @@ impl Default for Calibrate {
 impl Default for Evaluate {
     fn default() -> Self {
         Self {
-            prompts: 32,
+            prompts: 64,
             max_new_tokens: 32,
-            temperature: 1.0,
-            top_p: 1.0,
+            temperature: 0.7,
+            top_p: 0.95,
             alphas: vec![0.25, 0.5, 1.0],
             positions: vec![Positions::FinalPrefill],
             selection_prompts: 48,
             controls: 39,
+            sampled_controls: 4,
             middle_alpha: 1.0,
             middle_controls: 9,
             bootstrap: 2000,
@@ -281,6 +284,7 @@ impl Recipe {
         }
         ensure!(!evaluate.positions.is_empty(), "evaluate.positions is empty; it must list at least one");
         whole("evaluate.selection_prompts", evaluate.selection_prompts, 2, 100_000)?;
+        whole("evaluate.sampled_controls", evaluate.sampled_controls, 0, evaluate.controls)?;
         real("evaluate.middle_alpha", evaluate.middle_alpha, Above(0.0), 100.0)?;
         whole("evaluate.controls", evaluate.controls, 1, 100_000)?;
         whole("evaluate.middle_controls", evaluate.middle_controls, 0, 100_000)?;

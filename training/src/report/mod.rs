@@ -3,6 +3,7 @@
 //! The page loads nothing from anywhere: style, drawings and the few radio buttons that choose a layer are inside
 //! it. What it says is computed from the numbers ([`verdict`]); what was not measured is said to be so.
 
+mod terminal;
 mod canvas;
 mod charts;
 mod numbers;
@@ -11,6 +12,7 @@ mod plots;
 mod tables;
 mod terms;
 mod verdict;
+pub use terminal::terminal;
 
 use crate::results::{Interval, Results};
 use anyhow::{Context, Result};
