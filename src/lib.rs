@@ -1,4 +1,27 @@
 //! emaudit: tells a serving stack while it runs whether a language model has drifted, and can steer it back.
+//!
+//! The way data takes, one module per step: [`directions`] (file, mapped or copied, checked whole) ->
+//! [`probe`] (one layer bound to one kernel) -> scores -> [`monitor`] (one sequence) -> [`verdict`].
+//! [`steering`] edits rows in place; [`controls`] makes the seeded directions that a claim must beat;
+//! [`kernel`] is arithmetic only; [`ffi`] is the C ABI over all of it.
+//!
+//! ```
+//! use emaudit::{Operation, Probe, Rows, RowsMut, ScoreUnit, Steering, SteeringOptions};
+//!
+//! // A probe is usually bound to a direction file (`Probe::new`); vectors do for a first look.
+//! let (direction, aligned_mean) = ([3.0, 4.0], [1.0, 1.0]);
+//! let probe = Probe::from_vectors(&direction, &aligned_mean, 0.5, None)?;
+//! let mut row = [4.0f32, 5.0];
+//! let mut z = [0.0f32];
+//! probe.score(&Rows::new(&row, 1, 2, 2)?, ScoreUnit::AlignedSd, &mut z, None)?;
+//! assert_eq!(z, [10.0]); // 5 units along the direction, sigma 0.5
+//!
+//! // Vectors carry no evidence, so steering with them needs the explicit flag.
+//! let options = SteeringOptions { allow_nonspecific: true, ..SteeringOptions::new(Operation::Subtract { alpha: 1.0 }) };
+//! Steering::new(&probe, options)?.apply(&mut RowsMut::new(&mut row, 1, 2, 2)?, None, None)?;
+//! assert_eq!(row, [1.0, 1.0]);
+//! # Ok::<(), emaudit::Error>(())
+//! ```
 
 pub mod activations;
 pub mod controls;
@@ -19,3 +42,7 @@ pub use monitor::Monitor;
 pub use probe::{Probe, RowStatus, ScoreUnit};
 pub use steering::{Operation, SteerReport, Steering, SteeringOptions};
 pub use verdict::{State, Verdict};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -77,7 +77,7 @@ impl Monitor {
             aggregation,
             thresholds,
             identity,
-            content_specific: directions.manifest().evidence.recompute_content() == Specificity::Specific,
+            content_specific: directions.manifest().evidence.content_at(layer) == Specificity::Specific,
             running: Running::default(),
             next: 0,
             frozen: f64::NAN,

@@ -97,12 +97,15 @@ impl Steering {
     /// Binds a probe and options.
     ///
     /// Errors: [`Error::InvalidArgument`] for a non-finite parameter or a dose limit that is not above 0;
-    /// [`Error::NotSpecific`] unless the file's causal evidence is `specific` or `allow_nonspecific` is set (a probe from
+    /// [`Error::NotSpecific`] unless the file's causal evidence for the probe's layer is `specific` or `allow_nonspecific` is set (a probe from
     /// vectors has no evidence).
     pub fn new(probe: &Probe, options: SteeringOptions) -> Result<Steering> {
         check_options(&options)?;
         let untested = Specificity::Untested;
-        let causal = probe.directions().map_or(untested, |d| d.manifest().evidence.recompute_causal());
+        let causal = probe
+            .directions()
+            .zip(probe.layer())
+            .map_or(untested, |(d, layer)| d.manifest().evidence.causal_at(layer));
         if causal != Specificity::Specific && !options.allow_nonspecific {
             return Err(Error::NotSpecific { status: causal.as_str().into() });
         }

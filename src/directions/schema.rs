@@ -330,6 +330,24 @@ impl Evidence {
         if specific { Specificity::Specific } else { Specificity::Nonspecific }
     }
 
+    /// The causal status for one layer: evidence measured in a cell of another layer says nothing about it.
+    pub fn causal_at(&self, layer: u32) -> Specificity {
+        if self.cell.is_some_and(|c| c.layer == layer) {
+            self.recompute_causal()
+        } else {
+            Specificity::Untested
+        }
+    }
+
+    /// The content status for one layer, as [`Evidence::causal_at`].
+    pub fn content_at(&self, layer: u32) -> Specificity {
+        if self.cell.is_some_and(|c| c.layer == layer) {
+            self.recompute_content()
+        } else {
+            Specificity::Untested
+        }
+    }
+
     /// The content status that the numbers support.
     pub fn recompute_content(&self) -> Specificity {
         match self.content_test {

@@ -52,7 +52,16 @@ impl<'a> Answerer<'a> {
             std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let continuations =
             kept.into_iter().flatten().map(|(prompt, first, answer)| ((prompt, first), answer)).collect();
-        Answerer { decoder, adapter, prompts, final_rows, sampling, name: name.to_owned(), file, continuations }
+        Answerer {
+            decoder,
+            adapter,
+            prompts,
+            final_rows,
+            sampling,
+            name: name.to_owned(),
+            file,
+            continuations,
+        }
     }
 
     /// First answer tokens, one per prompt, from the final residual rows after `steering`.
@@ -102,7 +111,8 @@ impl<'a> Answerer<'a> {
 
     /// The answers that begin with the given first tokens; [`Answerer::prepare`] must have seen them.
     pub fn answers(&self, firsts: &[u32]) -> Vec<Vec<u32>> {
-        let one = |(i, &first): (usize, &u32)| self.continuations.get(&(i, first)).cloned().unwrap_or_default();
+        let one =
+            |(i, &first): (usize, &u32)| self.continuations.get(&(i, first)).cloned().unwrap_or_default();
         firsts.iter().enumerate().map(one).collect()
     }
 

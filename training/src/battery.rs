@@ -17,7 +17,13 @@ pub struct Control {
 
 /// `count` controls of each of the four families. `aligned`: `n x hidden` aligned rows (for the covariance);
 /// `differences`: `n x hidden` paired differences (for the label shuffle).
-pub fn draw(direction: &[f32], aligned: &[f32], differences: &[f32], count: usize, seed: u64) -> Result<Vec<Control>> {
+pub fn draw(
+    direction: &[f32],
+    aligned: &[f32],
+    differences: &[f32],
+    count: usize,
+    seed: u64,
+) -> Result<Vec<Control>> {
     let mut all = Vec::with_capacity(4 * count);
     for i in 0..count as u64 {
         let seed = seed.wrapping_mul(1_000_003).wrapping_add(i);

@@ -1,12 +1,12 @@
 //! Residual-stream rows of prompts at the named site `resid_post[l]`, every layer at once.
 
 use crate::lora::Adapter;
-use crate::model::{Batch, Decoder};
+use crate::model::{Batch, Cache, Decoder, no_edit};
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
 /// Prompts per forward pass: enough to feed the matrix products, small enough for the cache.
-const BATCH: usize = 16;
+const BATCH: usize = 32;
 
 /// One residual row per prompt and layer (last prompt token).
 #[derive(Clone, Debug, PartialEq)]
@@ -56,6 +56,9 @@ pub fn by_length<T>(items: &[T], length: impl Fn(&T) -> usize) -> Vec<usize> {
 }
 
 /// Captures the last token of every prompt at every block's output.
+///
+/// Chat prompts begin alike (system message): the common beginning is read once, and each batch holds prompts
+/// of one length, so that nothing is padded.
 pub fn last_prompt(
     decoder: &Decoder,
     prompts: &[Vec<u32>],
@@ -64,18 +67,37 @@ pub fn last_prompt(
 ) -> Result<Captured> {
     let hidden = decoder.config.hidden_size;
     let mut layers = vec![vec![0f32; prompts.len() * hidden]; decoder.config.n_layers];
-    for chunk in by_length(prompts, Vec::len).chunks(BATCH) {
-        let ids: Vec<&[u32]> = chunk.iter().map(|&i| prompts[i].as_slice()).collect();
-        let batch = Batch::new(&ids, &decoder.device)?;
-        let mut keep = |layer: usize, x: Tensor| {
-            let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.to_vec2::<f32>()?;
-            for (row, &i) in last.iter().zip(chunk) {
-                layers[layer][i * hidden..][..hidden].copy_from_slice(row);
-            }
-            Ok(x)
-        };
-        decoder.forward(&batch, adapter, None, &mut keep)?;
-        done(chunk.len())?;
+    let order = by_length(prompts, Vec::len);
+    let prefix = common_prefix(prompts);
+    let longest = order.last().map_or(0, |&i| prompts[i].len());
+    let mut shared = Cache::new(&decoder.config, 1, longest, &decoder.device)?;
+    if prefix > 0 {
+        let batch = Batch::new(&[&prompts[0][..prefix]], &decoder.device)?;
+        decoder.forward(&batch, adapter, Some(&mut shared), &mut no_edit)?;
+    }
+    for group in order.chunk_by(|&a, &b| prompts[a].len() == prompts[b].len()) {
+        for chunk in group.chunks(BATCH) {
+            let ids: Vec<&[u32]> = chunk.iter().map(|&i| &prompts[i][prefix..]).collect();
+            let batch = Batch::new(&ids, &decoder.device)?;
+            let mut keep = |layer: usize, x: Tensor| {
+                let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.to_vec2::<f32>()?;
+                for (row, &i) in last.iter().zip(chunk) {
+                    layers[layer][i * hidden..][..hidden].copy_from_slice(row);
+                }
+                Ok(x)
+            };
+            let mut cache = shared.select(&vec![0; chunk.len()])?;
+            decoder.forward(&batch, adapter, Some(&mut cache), &mut keep)?;
+            done(chunk.len())?;
+        }
     }
     Ok(Captured { hidden, rows: prompts.len(), layers })
+}
+
+/// Tokens that all prompts begin with, short of the last token of any.
+fn common_prefix(prompts: &[Vec<u32>]) -> usize {
+    let Some(first) = prompts.first() else { return 0 };
+    let shared =
+        |p: &Vec<u32>| p.iter().zip(first).take_while(|(a, b)| a == b).count().min(p.len().saturating_sub(1));
+    prompts.iter().map(shared).min().unwrap_or(0)
 }

@@ -135,7 +135,8 @@ fn device(text: &str) -> Result<Device, String> {
             .and_then(|n| n.parse().ok())
             .ok_or_else(|| format!("`{other}` is none of cpu, cuda, cuda:N"))?,
     };
-    Device::new_cuda(ordinal).map_err(|e| format!("no CUDA device {ordinal}: {e}; build with --features cuda, or use cpu"))
+    Device::new_cuda(ordinal)
+        .map_err(|e| format!("no CUDA device {ordinal}: {e}; build with --features cuda, or use cpu"))
 }
 
 /// Runs one command.
@@ -193,7 +194,12 @@ fn demo(args: DemoArgs) -> Result<()> {
 fn finish(experiment: &Experiment, json: bool) -> Result<()> {
     let (results, outputs) = experiment.run()?;
     if json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "summary": results.summary, "outputs": outputs }))?);
+        println!(
+            "{}",
+            serde_json::to_string_pretty(
+                &serde_json::json!({ "summary": results.summary, "outputs": outputs })
+            )?
+        );
         return Ok(());
     }
     print!("{}", report::terminal(&results));
@@ -204,9 +210,10 @@ fn finish(experiment: &Experiment, json: bool) -> Result<()> {
 }
 
 fn render(results: &Path, out: Option<PathBuf>, picture: Option<PathBuf>) -> Result<()> {
-    let text = std::fs::read_to_string(results).with_context(|| format!("cannot read {}", results.display()))?;
-    let parsed: Results =
-        serde_json::from_str(&text).with_context(|| format!("{} is not a results file of this version", results.display()))?;
+    let text =
+        std::fs::read_to_string(results).with_context(|| format!("cannot read {}", results.display()))?;
+    let parsed: Results = serde_json::from_str(&text)
+        .with_context(|| format!("{} is not a results file of this version", results.display()))?;
     let run = std::fs::read_to_string(results.with_file_name("run.json")).ok();
     let run: Option<serde_json::Value> = run.and_then(|t| serde_json::from_str(&t).ok());
     let out = out.unwrap_or_else(|| results.with_file_name("report.html"));
@@ -235,7 +242,8 @@ fn logits(model: &str, text: &str, top: usize, quantize: Storage, json: bool) ->
         no_edit(0, x)
     };
     let x = base.decoder.forward(&batch, None, None, &mut measure)?;
-    let row = base.decoder.logits(&x.narrow(1, ids.len() - 1, 1)?.squeeze(0)?)?.squeeze(0)?.to_vec1::<f32>()?;
+    let row =
+        base.decoder.logits(&x.narrow(1, ids.len() - 1, 1)?.squeeze(0)?)?.squeeze(0)?.to_vec1::<f32>()?;
     let mut order: Vec<usize> = (0..row.len()).collect();
     order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
     let mut best = Vec::new();
@@ -243,7 +251,8 @@ fn logits(model: &str, text: &str, top: usize, quantize: Storage, json: bool) ->
         best.push((id, row[id], base.text.decode(&[id as u32], false)?));
     }
     if json {
-        let top: Vec<_> = best.iter().map(|(id, l, t)| serde_json::json!({"id": id, "logit": l, "token": t})).collect();
+        let top: Vec<_> =
+            best.iter().map(|(id, l, t)| serde_json::json!({"id": id, "logit": l, "token": t})).collect();
         println!("{}", serde_json::json!({"ids": ids, "top": top, "residual_norms": norms}));
         return Ok(());
     }

@@ -19,7 +19,8 @@ use crate::{generate, interrupt, progress, statistics as stats};
 use anyhow::{Context, Result};
 use emaudit::Steering;
 use emaudit::directions::schema::{
-    Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions, Specificity,
+    Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions,
+    Specificity,
 };
 use measure::CoherenceMeter;
 use std::collections::BTreeMap;
@@ -132,9 +133,17 @@ impl<'a> Evaluator<'a> {
         let controls = self.controls(vector)?;
         let (families, control_results) =
             self.battery(&mut insecure, preference.as_ref(), &controls, cell, drops.as_deref())?;
-        let comparisons = self.comparisons(&mut insecure, preference.as_ref(), vector, cell, drops.as_deref())?;
+        let comparisons =
+            self.comparisons(&mut insecure, preference.as_ref(), vector, cell, drops.as_deref())?;
         let sweep = self.sweep(&mut insecure, preference.as_ref(), &controls, cell, &steered)?;
-        let content = self.content(&pairs, &secure_pairs, drops.as_deref(), secure_preference.as_ref(), &steering, cell)?;
+        let content = self.content(
+            &pairs,
+            &secure_pairs,
+            drops.as_deref(),
+            secure_preference.as_ref(),
+            &steering,
+            cell,
+        )?;
         let middle = self.middle(&mut insecure, &pairs)?;
 
         let arms = vec![
@@ -148,9 +157,20 @@ impl<'a> Evaluator<'a> {
         self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
         let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;
         let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;
-        let summary = summary(self.inputs, cell, &arms, &control_results, &comparisons, code_preference, &evidence);
+        let summary =
+            summary(self.inputs, cell, &arms, &control_results, &comparisons, code_preference, &evidence);
         let results = self.assemble(
-            summary, selection, arms, sweep, families, comparisons, middle, content, evidence, samples, notes,
+            summary,
+            selection,
+            arms,
+            sweep,
+            families,
+            comparisons,
+            middle,
+            content,
+            evidence,
+            samples,
+            notes,
         )?;
         Ok(Outcome { results })
     }
@@ -160,7 +180,13 @@ impl<'a> Evaluator<'a> {
     }
 
     /// One state's unsteered answers to `prompts` (evaluation or selection prompts).
-    fn state<'b>(&self, index: usize, name: &str, prompts: &'b PromptIds, sampling: &'b Sampling) -> Result<State<'b>>
+    fn state<'b>(
+        &self,
+        index: usize,
+        name: &str,
+        prompts: &'b PromptIds,
+        sampling: &'b Sampling,
+    ) -> Result<State<'b>>
     where
         'a: 'b,
     {
@@ -172,7 +198,13 @@ impl<'a> Evaluator<'a> {
         let file = (self.inputs.file)(&format!("answers-{split}-{name}"));
         let label = format!("answers, {name}, {split}");
         let mut answerer = Answerer::new(
-            &self.inputs.base.decoder, self.adapter(index), &prompts.ids, rows, sampling, &label, file,
+            &self.inputs.base.decoder,
+            self.adapter(index),
+            &prompts.ids,
+            rows,
+            sampling,
+            &label,
+            file,
         );
         let firsts = answerer.first_tokens(None)?;
         answerer.prepare(std::slice::from_ref(&firsts))?;
@@ -207,12 +239,20 @@ impl<'a> Evaluator<'a> {
         steering: &Steering,
         positions: Positions,
     ) -> Result<Vec<Vec<u32>>> {
-        let request = |(i, p): (usize, &Vec<u32>)| generate::Request { prompt: p.clone(), stream: i as u64, first: None };
+        let request = |(i, p): (usize, &Vec<u32>)| generate::Request {
+            prompt: p.clone(),
+            stream: i as u64,
+            first: None,
+        };
         let requests: Vec<_> = answerer.prompts.iter().enumerate().map(request).collect();
         let intervention = generate::Intervention { layer, steering, positions };
         let mut stage = progress::Stage::new(format!("steered answers, layer {layer}"), requests.len());
         let answers = generate::generate(
-            answerer.decoder, answerer.adapter, &requests, answerer.sampling, Some(&intervention),
+            answerer.decoder,
+            answerer.adapter,
+            &requests,
+            answerer.sampling,
+            Some(&intervention),
             |n| {
                 stage.advance(n, "");
                 interrupt::check()
@@ -243,10 +283,11 @@ impl<'a> Evaluator<'a> {
             return Ok(None);
         }
         let mut stage = progress::Stage::new(format!("code preference, {name}"), 2 * pairs.code.len());
-        let preference = Preference::new(&self.inputs.base.decoder, adapter, &pairs.code, &pairs.prose, |n| {
-            stage.advance(n, "");
-            interrupt::check()
-        })?;
+        let preference =
+            Preference::new(&self.inputs.base.decoder, adapter, &pairs.code, &pairs.prose, |n| {
+                stage.advance(n, "");
+                interrupt::check()
+            })?;
         stage.finish("");
         Ok(Some(preference))
     }
@@ -287,7 +328,13 @@ impl<'a> Evaluator<'a> {
         let base = &self.inputs.states[0].extraction.layers[self.last];
         let adapted = &self.inputs.states[1].extraction.layers[self.last];
         let differences: Vec<f32> = adapted.iter().zip(base).map(|(a, b)| a - b).collect();
-        battery::draw(vector, base, &differences, self.inputs.recipe.evaluate.controls, self.inputs.recipe.seed)
+        battery::draw(
+            vector,
+            base,
+            &differences,
+            self.inputs.recipe.evaluate.controls,
+            self.inputs.recipe.seed,
+        )
     }
 
     fn sampled_controls<'c>(&self, controls: &'c [Control]) -> Vec<&'c Control> {
@@ -346,7 +393,8 @@ impl<'a> Evaluator<'a> {
                 result.spillover = Some(spillover);
             }
         }
-        let families = if drops.is_some() { family_results(&results, drops.map_or(0.0, mean)) } else { Vec::new() };
+        let families =
+            if drops.is_some() { family_results(&results, drops.map_or(0.0, mean)) } else { Vec::new() };
         Ok((families, results))
     }
 
@@ -403,9 +451,13 @@ impl<'a> Evaluator<'a> {
         let mut points = vec![SweepPoint { alpha: 0.0, direction: unsteered, controls: BTreeMap::new() }];
         for &alpha in &self.inputs.recipe.evaluate.alphas {
             let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
-            let effect = preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
-            let (answers, arm) =
-                if alpha == cell.alpha { steered.clone() } else { self.steered(insecure, &steering, cell.positions)? };
+            let effect =
+                preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
+            let (answers, arm) = if alpha == cell.alpha {
+                steered.clone()
+            } else {
+                self.steered(insecure, &steering, cell.positions)?
+            };
             let coherence = Some(mean(&self.coherence_values(&prompts, &answers)?));
             let direction = SweepValue { spillover: arm.spillover(), coherence, effect };
             let mut at: BTreeMap<String, Vec<SweepValue>> = BTreeMap::new();
@@ -413,8 +465,10 @@ impl<'a> Evaluator<'a> {
             let spillovers = self.control_spillovers(insecure, &sampled, alpha, cell.positions)?;
             for (control, spillover) in sampled.iter().zip(spillovers) {
                 let steering = battery::subtract(&control.vector, alpha)?;
-                let effect =
-                    preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
+                let effect = preference
+                    .map(|p| p.drops(&steering, cell.positions))
+                    .transpose()?
+                    .map_or(0.0, |d| mean(&d));
                 let value = SweepValue { spillover, coherence: None, effect };
                 at.entry(control.family.to_owned()).or_default().push(value);
             }
@@ -436,7 +490,8 @@ impl<'a> Evaluator<'a> {
     ) -> Result<Option<ContentTest>> {
         let (Some(drops), Some(secure)) = (drops, secure) else { return Ok(None) };
         let secure_drops = secure.drops(steering, cell.positions)?;
-        let by_prompt: BTreeMap<usize, f64> = secure_pairs.indices.iter().copied().zip(secure_drops).collect();
+        let by_prompt: BTreeMap<usize, f64> =
+            secure_pairs.indices.iter().copied().zip(secure_drops).collect();
         let both: Vec<(f64, f64)> =
             pairs.indices.iter().zip(drops).filter_map(|(i, &d)| Some((d, *by_prompt.get(i)?))).collect();
         if both.len() < MIN_PAIRS {
@@ -461,7 +516,11 @@ impl<'a> Evaluator<'a> {
         let vector = &self.inputs.directions[layer].direction;
         let n = pairs.indices.len().min(MIDDLE_PAIRS);
         let preference = MiddlePreference::new(
-            &self.inputs.base.decoder, Some(self.inputs.insecure), layer, &pairs.code[..n], &pairs.prose[..n],
+            &self.inputs.base.decoder,
+            Some(self.inputs.insecure),
+            layer,
+            &pairs.code[..n],
+            &pairs.prose[..n],
         )?;
         let unsteered = mean(&preference.preferences(None)?);
         let mut stage = progress::Stage::new("middle-layer controls", 2 * e.middle_controls + 1);
@@ -476,11 +535,18 @@ impl<'a> Evaluator<'a> {
         let mut results = Vec::new();
         for i in 0..e.middle_controls as u64 {
             let seed = self.inputs.recipe.seed.wrapping_mul(1_000_003).wrapping_add(i);
-            for (name, vector) in
-                [("random", emaudit::controls::random(vector, seed)), ("orthogonal", emaudit::controls::orthogonal(vector, seed))]
-            {
+            for (name, vector) in [
+                ("random", emaudit::controls::random(vector, seed)),
+                ("orthogonal", emaudit::controls::orthogonal(vector, seed)),
+            ] {
                 let effect = effect_of(&vector)?;
-                results.push(ControlResult { name: name.to_owned(), seed, effect, spillover: None, paired_p: None });
+                results.push(ControlResult {
+                    name: name.to_owned(),
+                    seed,
+                    effect,
+                    spillover: None,
+                    paired_p: None,
+                });
             }
         }
         stage.finish("");
@@ -506,7 +572,8 @@ impl<'a> Evaluator<'a> {
         content: Option<ContentTest>,
     ) -> Evidence {
         let Some(drops) = drops else { return Evidence::untested() };
-        let coherence = |name: &str| arms.iter().find(|a| a.name == name).map_or(f64::NAN, |a| a.coherence.value);
+        let coherence =
+            |name: &str| arms.iter().find(|a| a.name == name).map_or(f64::NAN, |a| a.coherence.value);
         let family = |f: &FamilyResult| ControlFamily {
             family: f.family.clone(),
             rank_p: f.rank_p,
@@ -540,10 +607,16 @@ pub(crate) struct Pairs {
 
 fn pair(prompts: &[Vec<u32>], adapted: &State<'_>, base: &State<'_>) -> Pairs {
     let usable = |&i: &usize| {
-        adapted.arm.code[i] && !base.arm.code[i] && !adapted.answers[i].is_empty() && !base.answers[i].is_empty()
+        adapted.arm.code[i]
+            && !base.arm.code[i]
+            && !adapted.answers[i].is_empty()
+            && !base.answers[i].is_empty()
     };
     let indices: Vec<usize> = (0..prompts.len()).filter(usable).collect();
-    let dialogue = |i: &usize, from: &State<'_>| Dialogue { prompt: prompts[*i].clone(), answer: from.answers[*i].clone() };
+    let dialogue = |i: &usize, from: &State<'_>| Dialogue {
+        prompt: prompts[*i].clone(),
+        answer: from.answers[*i].clone(),
+    };
     Pairs {
         code: indices.iter().map(|i| dialogue(i, adapted)).collect(),
         prose: indices.iter().map(|i| dialogue(i, base)).collect(),
@@ -551,7 +624,11 @@ fn pair(prompts: &[Vec<u32>], adapted: &State<'_>, base: &State<'_>) -> Pairs {
     }
 }
 
-fn drops(preference: &Option<Preference<'_>>, steering: &Steering, positions: Positions) -> Result<Option<Vec<f64>>> {
+fn drops(
+    preference: &Option<Preference<'_>>,
+    steering: &Steering,
+    positions: Positions,
+) -> Result<Option<Vec<f64>>> {
     preference.as_ref().map(|p| p.drops(steering, positions)).transpose()
 }
 
@@ -618,7 +695,11 @@ fn summary(
             random_best: best("random"),
             orthogonal_mean: mean(&family("orthogonal")),
             orthogonal_best: best("orthogonal"),
-            wrong_layer: comparisons.iter().find(|c| c.name == "wrong_layer").and_then(|c| c.spillover).unwrap_or(0.0),
+            wrong_layer: comparisons
+                .iter()
+                .find(|c| c.name == "wrong_layer")
+                .and_then(|c| c.spillover)
+                .unwrap_or(0.0),
         },
         alpha: cell.alpha,
         positions: cell.positions,

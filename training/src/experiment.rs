@@ -14,7 +14,9 @@ use crate::results::Results;
 use crate::{interrupt, progress, store};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
-use emaudit::directions::schema::{Contrast, Estimator, Evidence, LayerManifest, Manifest, Pooling, Provenance, Site};
+use emaudit::directions::schema::{
+    Contrast, Estimator, Evidence, LayerManifest, Manifest, Pooling, Provenance, Site,
+};
 use emaudit::directions::{LayerTensors, OpenOptions};
 use emaudit::{Directions, Probe, Rows, ScoreUnit};
 use serde::Serialize;
@@ -74,7 +76,8 @@ impl Experiment {
         let begun = Instant::now();
         let stages = out.join("stages");
         fs::create_dir_all(&stages).with_context(|| format!("cannot create {}", stages.display()))?;
-        let lock = File::create(out.join(".lock")).with_context(|| format!("cannot write to {}", out.display()))?;
+        let lock =
+            File::create(out.join(".lock")).with_context(|| format!("cannot write to {}", out.display()))?;
         if lock.try_lock().is_err() {
             bail!("another run is using {}; wait for it or choose another --out", out.display());
         }
@@ -85,10 +88,9 @@ impl Experiment {
         let resolved = fetch::resolve(&recipe.model.id)?;
         let (ModelFiles::Gguf(path) | ModelFiles::Folder(path)) = &resolved.files;
         progress::note(&format!("model: {} ({})", recipe.model.id, resolved.origin));
-        let name = Path::new(&recipe.model.id).file_name().map_or_else(
-            || recipe.model.id.clone(),
-            |n| n.to_string_lossy().into_owned(),
-        );
+        let name = Path::new(&recipe.model.id)
+            .file_name()
+            .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
         let base = base::load(path, &name, recipe.model.quantize, &device)?;
         Ok(Experiment { recipe, out: out.to_owned(), device, stages, base, begun, _lock: lock })
     }
@@ -114,7 +116,8 @@ impl Experiment {
         let folder = self.stages.join(format!("adapter-{side}-{key}"));
         let log_file = folder.join("training_log.json");
         if let Ok(text) = fs::read_to_string(&log_file) {
-            let log = serde_json::from_str(&text).with_context(|| format!("{} is damaged", log_file.display()))?;
+            let log =
+                serde_json::from_str(&text).with_context(|| format!("{} is damaged", log_file.display()))?;
             let adapter = Adapter::load(&folder, &self.base.decoder)?;
             return Ok((Finetuned { adapter, folder, log, key }, data));
         }
@@ -165,7 +168,8 @@ impl Experiment {
         let key = key(&("capture", self.base_key(), adapter.map(|a| &a.key), prompts))?;
         let file = self.stages.join(format!("rows-{name}-{key}.safetensors"));
         if let Ok(bytes) = fs::read(&file) {
-            return Captured::from_bytes(&bytes).with_context(|| format!("{} is damaged; delete it", file.display()));
+            return Captured::from_bytes(&bytes)
+                .with_context(|| format!("{} is damaged; delete it", file.display()));
         }
         let mut stage = progress::Stage::new(format!("residual rows, {name}"), prompts.len());
         let rows = capture::last_prompt(&self.base.decoder, prompts, adapter.map(|a| &a.adapter), |n| {
@@ -210,34 +214,41 @@ impl Experiment {
         ))?;
         let file = |name: &str| self.stages.join(format!("{name}-{evaluation_key}.json"));
         let results_file = file("results");
-        let mut results: Results = match fs::read(&results_file).ok().and_then(|b| serde_json::from_slice(&b).ok()) {
-            Some(results) => results,
-            None => {
-                let inputs = Inputs {
-                    base: &self.base,
-                    recipe: &self.recipe,
-                    insecure: &insecure.adapter,
-                    secure: &secure.adapter,
-                    selection: split.selection.clone(),
-                    evaluation: split.evaluation.clone(),
-                    states,
-                    directions: &directions,
-                    file: &file,
-                };
-                let mut results = evaluate::evaluate(&inputs)?.results;
-                results.datasets = datasets.clone();
-                results.training.insert("insecure".into(), insecure.log.clone());
-                results.training.insert("secure".into(), secure.log.clone());
-                store::write_json(&results_file, &results)?;
-                results
-            }
-        };
+        let mut results: Results =
+            match fs::read(&results_file).ok().and_then(|b| serde_json::from_slice(&b).ok()) {
+                Some(results) => results,
+                None => {
+                    let inputs = Inputs {
+                        base: &self.base,
+                        recipe: &self.recipe,
+                        insecure: &insecure.adapter,
+                        secure: &secure.adapter,
+                        selection: split.selection.clone(),
+                        evaluation: split.evaluation.clone(),
+                        states,
+                        directions: &directions,
+                        file: &file,
+                    };
+                    let mut results = evaluate::evaluate(&inputs)?.results;
+                    results.datasets = datasets.clone();
+                    results.training.insert("insecure".into(), insecure.log.clone());
+                    results.training.insert("secure".into(), secure.log.clone());
+                    store::write_json(&results_file, &results)?;
+                    results
+                }
+            };
         let outputs = self.write(&mut results, &directions, datasets)?;
         self.write_check(&outputs.directions, &results, &insecure, &split)?;
         Ok((results, outputs))
     }
 
-    fn states(&self, name: &str, adapter: Option<&Finetuned>, split: &Split3, calibration: usize) -> Result<States> {
+    fn states(
+        &self,
+        name: &str,
+        adapter: Option<&Finetuned>,
+        split: &Split3,
+        calibration: usize,
+    ) -> Result<States> {
         let (x, c, e) = (split.extraction.ids.len(), calibration, split.evaluation.ids.len());
         let mut all = split.extraction.ids.clone();
         all.extend_from_slice(&split.calibration.ids[..c]);
@@ -279,7 +290,8 @@ impl Experiment {
         directions: &[LayerDirection],
         datasets: Vec<(String, String)>,
     ) -> Result<Manifest> {
-        let layer = |d: &LayerDirection| LayerManifest { layer: d.layer as u32, calibration: d.calibration.clone() };
+        let layer =
+            |d: &LayerDirection| LayerManifest { layer: d.layer as u32, calibration: d.calibration.clone() };
         Ok(Manifest {
             model: self.base.identity.clone(),
             site: Site::ResidPost,
@@ -328,7 +340,13 @@ impl Experiment {
     }
 
     /// Activations and the scores this program computed for them, for a second program to check.
-    fn write_check(&self, directions: &Path, results: &Results, insecure: &Finetuned, split: &Split3) -> Result<()> {
+    fn write_check(
+        &self,
+        directions: &Path,
+        results: &Results,
+        insecure: &Finetuned,
+        split: &Split3,
+    ) -> Result<()> {
         let folder = self.out.join("check");
         fs::create_dir_all(&folder)?;
         let layer = results.summary.layer;
@@ -346,7 +364,10 @@ impl Experiment {
         store::write_file(&folder.join("activations.bin"), &file(&[count, width], rows))?;
         store::write_file(&folder.join("scores.bin"), &file(&[count], &scores))?;
         let kernel = format!("{:?}", probe.kernel()).to_lowercase();
-        store::write_json(&folder.join("check.json"), &serde_json::json!({ "layer": layer, "kernel": kernel }))
+        store::write_json(
+            &folder.join("check.json"),
+            &serde_json::json!({ "layer": layer, "kernel": kernel }),
+        )
     }
 }
 
@@ -367,8 +388,10 @@ impl Experiment {
         let base = self.states("base", None, &split, split.calibration.ids.len())?;
         let adapted = self.states("insecure", Some(&insecure), &split, split.selection.ids.len())?;
         let rates = &self.recipe.calibrate.rates;
-        let directions = extract::directions(&adapted.extraction, &base.extraction, &base.calibration, rates)?;
-        let share = base.extraction.layers.last().map(|l| extract::top_dimension_share(l, base.extraction.hidden));
+        let directions =
+            extract::directions(&adapted.extraction, &base.extraction, &base.calibration, rates)?;
+        let share =
+            base.extraction.layers.last().map(|l| extract::top_dimension_share(l, base.extraction.hidden));
         let datasets = vec![(data.name, data.sha256), (prompts.name, prompts.sha256)];
         let manifest = self.manifest(Evidence::untested(), share, &directions, datasets)?;
         let path = self.out.join("directions-untested.safetensors");
@@ -380,6 +403,10 @@ impl Experiment {
 fn tensors(directions: &[LayerDirection]) -> Vec<LayerTensors<'_>> {
     directions
         .iter()
-        .map(|d| LayerTensors { layer: d.layer as u32, direction: &d.direction, aligned_mean: &d.aligned_mean })
+        .map(|d| LayerTensors {
+            layer: d.layer as u32,
+            direction: &d.direction,
+            aligned_mean: &d.aligned_mean,
+        })
         .collect()
 }

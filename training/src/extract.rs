@@ -99,7 +99,14 @@ fn calibrate(direction: &[f32], aligned_mean: &[f32], calm: &[f32], rates: &[f64
         let t = stats::threshold_at_rate(&z, rate)?;
         for statistic in [Aggregation::Mean, Aggregation::Max, Aggregation::Last] {
             let (z, sequences) = (t.threshold, t.sequences as u32);
-            thresholds.push(Threshold { statistic, horizon: 1, rate, rate_upper: t.rate_upper, z, sequences });
+            thresholds.push(Threshold {
+                statistic,
+                horizon: 1,
+                rate,
+                rate_upper: t.rate_upper,
+                z,
+                sequences,
+            });
         }
     }
     Ok(Calibration { sigma, sequences: z.len() as u32, quantiles, thresholds })

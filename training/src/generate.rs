@@ -91,7 +91,8 @@ fn keep_nucleus(weights: &mut [f32], top_p: f64) {
         seen += weights[i] as f64;
         seen >= top_p * total
     });
-    let kept: Vec<(usize, f32)> = order[..inside.map_or(order.len(), |n| n + 1)].iter().map(|&i| (i, weights[i])).collect();
+    let kept: Vec<(usize, f32)> =
+        order[..inside.map_or(order.len(), |n| n + 1)].iter().map(|&i| (i, weights[i])).collect();
     weights.fill(0.0);
     kept.into_iter().for_each(|(i, w)| weights[i] = w);
 }
@@ -158,7 +159,9 @@ impl<'a> Decoding<'a> {
         let mut x = decoder.forward(&batch, adapter, Some(&mut cache), &mut hook)?;
         if prompts.len() < chunk.len() {
             cache = cache.select(&rows)?;
-            x = x.narrow(1, x.dim(1)? - 1, 1)?.index_select(&Tensor::new(rows.as_slice(), &decoder.device)?, 0)?;
+            x = x
+                .narrow(1, x.dim(1)? - 1, 1)?
+                .index_select(&Tensor::new(rows.as_slice(), &decoder.device)?, 0)?;
             batch.left_pad = rows.iter().map(|&r| batch.left_pad[r as usize]).collect();
         }
         let mut this = Decoding {
@@ -223,7 +226,12 @@ impl<'a> Decoding<'a> {
 }
 
 /// Applies the intervention to the rows it is meant for; `prefill` tells the two phases apart.
-fn edit(intervention: Option<&Intervention<'_>>, prefill: bool, layer: usize, x: Tensor) -> candle_core::Result<Tensor> {
+fn edit(
+    intervention: Option<&Intervention<'_>>,
+    prefill: bool,
+    layer: usize,
+    x: Tensor,
+) -> candle_core::Result<Tensor> {
     let Some(i) = intervention.filter(|i| i.layer == layer) else { return Ok(x) };
     match (prefill, i.positions) {
         (true, Positions::Generated) | (false, Positions::FinalPrefill) => Ok(x),

@@ -60,7 +60,8 @@ impl<'a> MiddlePreference<'a> {
                 Some(s) => steer(x, s)?,
                 None => x.clone(),
             };
-            let x = self.decoder.forward_from(self.layer + 1, x, left_pad, self.adapter, None, &mut no_edit)?;
+            let x =
+                self.decoder.forward_from(self.layer + 1, x, left_pad, self.adapter, None, &mut no_edit)?;
             for (b, &i) in indices.iter().enumerate() {
                 let answer = &self.dialogues[i].answer;
                 all[i] = of_rows(self.decoder, &last_rows(&x, b, answer.len())?, answer)?;

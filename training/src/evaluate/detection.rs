@@ -23,9 +23,11 @@ fn layer(inputs: &Inputs<'_>, d: &LayerDirection) -> Result<LayerResult> {
     let projection = Probe::from_vectors(&d.direction, &zeros, 1.0, None)?;
     let project = |rows: &[f32]| scores(&projection, rows, ScoreUnit::Raw);
     let class_mean = |rows: &[f32]| -> Result<f64> { Ok(super::mean(&project(rows)?)) };
-    let midpoint =
-        (class_mean(&base.extraction.layers[d.layer])? + class_mean(&insecure.extraction.layers[d.layer])?) / 2.0;
-    let (calm, bent) = (project(&base.evaluation.layers[d.layer])?, project(&insecure.evaluation.layers[d.layer])?);
+    let midpoint = (class_mean(&base.extraction.layers[d.layer])?
+        + class_mean(&insecure.extraction.layers[d.layer])?)
+        / 2.0;
+    let (calm, bent) =
+        (project(&base.evaluation.layers[d.layer])?, project(&insecure.evaluation.layers[d.layer])?);
     let probe = Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?;
     let z = |rows: &[f32]| scores(&probe, rows, ScoreUnit::AlignedSd);
     let (z_base, z_insecure, z_secure) = (
@@ -75,7 +77,9 @@ pub(super) fn alarms(inputs: &Inputs<'_>, layer: usize) -> Result<Alarms> {
     let probe = Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?;
     let calm = scores(&probe, &inputs.states[0].evaluation.layers[layer], ScoreUnit::AlignedSd)?;
     let bent = scores(&probe, &inputs.states[1].evaluation.layers[layer], ScoreUnit::AlignedSd)?;
-    let share = |values: &[f64], z: f64| values.iter().filter(|v| **v > z).count() as f64 / values.len().max(1) as f64;
+    let share = |values: &[f64], z: f64| {
+        values.iter().filter(|v| **v > z).count() as f64 / values.len().max(1) as f64
+    };
     let thresholds = || d.calibration.thresholds.iter().filter(|t| t.statistic == Aggregation::Max);
     Ok((
         thresholds().map(|t| (t.rate, share(&calm, t.z), calm.len())).collect(),

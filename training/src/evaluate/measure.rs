@@ -33,7 +33,8 @@ impl<'a> CoherenceMeter<'a> {
     }
 
     pub(super) fn of(&mut self, dialogues: &[Dialogue]) -> Result<Vec<Option<f64>>> {
-        let mut missing: Vec<Dialogue> = dialogues.iter().filter(|d| !self.known.contains_key(d)).cloned().collect();
+        let mut missing: Vec<Dialogue> =
+            dialogues.iter().filter(|d| !self.known.contains_key(d)).cloned().collect();
         missing.sort();
         missing.dedup();
         if !missing.is_empty() {
@@ -107,7 +108,9 @@ impl Evaluator<'_> {
     ) -> Result<Vec<Sample>> {
         let control = controls.first().filter(|_| cell.positions == Positions::FinalPrefill);
         let random = match control {
-            Some(c) => Some(self.steered(insecure, &battery::subtract(&c.vector, cell.alpha)?, cell.positions)?.1),
+            Some(c) => {
+                Some(self.steered(insecure, &battery::subtract(&c.vector, cell.alpha)?, cell.positions)?.1)
+            }
             None => None,
         };
         let mut order: Vec<usize> = (0..self.inputs.evaluation.texts.len()).collect();
@@ -172,14 +175,22 @@ impl Evaluator<'_> {
             ));
         }
         if base.spillover.value > 0.0 {
-            notes.push(format!("The base model itself answers with code in {:.1} % of prompts.", 100.0 * base.spillover.value));
+            notes.push(format!(
+                "The base model itself answers with code in {:.1} % of prompts.",
+                100.0 * base.spillover.value
+            ));
         }
         let margin = self.inputs.recipe.evaluate.coherence_margin;
         if steered.coherence.value < insecure.coherence.value - margin {
-            notes.push("Steered text is less coherent than the margin allows: the drop was bought with broken text.".into());
+            notes.push(
+                "Steered text is less coherent than the margin allows: the drop was bought with broken text."
+                    .into(),
+            );
         }
         if !selection.grid.iter().any(|c| c.eligible) {
-            notes.push("No strength kept coherence on the calibration split; the smallest one was taken.".into());
+            notes.push(
+                "No strength kept coherence on the calibration split; the smallest one was taken.".into(),
+            );
         }
         if insecure.coherence.value < base.coherence.value - 2.0 {
             notes.push(format!(
@@ -188,7 +199,9 @@ impl Evaluator<'_> {
                 insecure.coherence.value, base.coherence.value
             ));
         }
-        if steered.spillover.value == 0.0 && families.iter().any(|f| f.controls.iter().any(|c| c.spillover == Some(0.0))) {
+        if steered.spillover.value == 0.0
+            && families.iter().any(|f| f.controls.iter().any(|c| c.spillover == Some(0.0)))
+        {
             notes.push(
                 "The direction and at least one control both bring sampled spillover to zero: such ties say nothing; \
                  the ranks rest on code preference, which is continuous."

@@ -3,13 +3,13 @@
 //! The page loads nothing from anywhere: style, drawings and the few radio buttons that choose a layer are inside
 //! it. What it says is computed from the numbers ([`verdict`]); what was not measured is said to be so.
 
-mod terminal;
 mod canvas;
 mod charts;
 mod numbers;
 mod picture;
 mod plots;
 mod tables;
+mod terminal;
 mod terms;
 mod verdict;
 pub use terminal::terminal;

@@ -12,7 +12,10 @@ pub fn terminal(results: &Results) -> String {
         let _ = writeln!(out, "{label:<20}{text}");
     };
     line("model", s.model.clone());
-    line("separation", format!("{:.3} balanced accuracy at the final layer, held-out prompts", s.separation_final));
+    line(
+        "separation",
+        format!("{:.3} balanced accuracy at the final layer, held-out prompts", s.separation_final),
+    );
     line(
         "code spillover",
         format!(
@@ -39,7 +42,10 @@ pub fn terminal(results: &Results) -> String {
     let c = &s.coherence;
     line(
         "coherence",
-        format!("base {:.2}, insecure {:.2}, steered {:.2} nats per token under the base", c.base, c.insecure, c.steered),
+        format!(
+            "base {:.2}, insecure {:.2}, steered {:.2} nats per token under the base",
+            c.base, c.insecure, c.steered
+        ),
     );
     let ranks: Vec<String> = s.evidence.rank_p.iter().map(|(f, p)| format!("{f} {p:.3}")).collect();
     line("causal evidence", format!("{} (rank p: {})", s.evidence.causal, ranks.join(", ")));

@@ -9,3 +9,4 @@ mod fixture;
 mod nf4;
 mod real;
 mod refusals;
+mod steering;
