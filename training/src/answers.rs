@@ -142,6 +142,16 @@ impl TextArm {
         Ok(TextArm { texts, code, starts })
     }
 
+    /// Empty answers have no likelihood and loops a high one, so coherence alone cannot see them: at most a tenth
+    /// more of the answers may be empty or loops than in `other`.
+    pub fn no_worse_text_than(&self, other: &TextArm) -> bool {
+        let broken = |arm: &TextArm| {
+            let count = arm.texts.iter().filter(|t| spillover::measure(t).degenerate.is_some()).count();
+            count as f64 / arm.texts.len().max(1) as f64
+        };
+        broken(self) <= broken(other) + 0.1
+    }
+
     /// Share of answers with code.
     pub fn spillover(&self) -> f64 {
         self.code.iter().filter(|&&c| c).count() as f64 / self.code.len().max(1) as f64

@@ -25,15 +25,20 @@ pub fn draw(
     seed: u64,
 ) -> Result<Vec<Control>> {
     let mut all = Vec::with_capacity(4 * count);
-    for i in 0..count as u64 {
-        let seed = seed.wrapping_mul(1_000_003).wrapping_add(i);
-        let mut push = |family, vector| all.push(Control { family, seed, vector });
-        push("random", controls::random(direction, seed));
-        push("orthogonal", controls::orthogonal(direction, seed));
-        push("covariance", controls::covariance_matched(direction, aligned, seed)?);
-        push("label_shuffled", controls::label_shuffled(direction, differences, seed)?);
+    for i in 0..count {
+        let seeds: [u64; 4] = std::array::from_fn(|family| control_seed(seed, family, i));
+        let mut push = |family, seed, vector| all.push(Control { family, seed, vector });
+        push("random", seeds[0], controls::random(direction, seeds[0]));
+        push("orthogonal", seeds[1], controls::orthogonal(direction, seeds[1]));
+        push("covariance", seeds[2], controls::covariance_matched(direction, aligned, seeds[2])?);
+        push("label_shuffled", seeds[3], controls::label_shuffled(direction, differences, seeds[3])?);
     }
     Ok(all)
+}
+
+/// Every family has its own draws: an orthogonal control must not be a random one with a component removed.
+pub fn control_seed(seed: u64, family: usize, index: usize) -> u64 {
+    crate::random::bits(&[seed, family as u64, index as u64])
 }
 
 /// `vector` at the norm of `direction`.

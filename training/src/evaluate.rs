@@ -153,7 +153,12 @@ impl<'a> Evaluator<'a> {
             self.arm("steered", &steered.0, &steered.1)?,
             self.arm("secure_steered", &secure_steered.0, &secure_steered.1)?,
         ];
-        let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content);
+        let text_kept = steered.1.no_worse_text_than(&insecure.arm);
+        if !text_kept {
+            notes.push("More steered answers are empty or loops than unsteered ones: the causal axis stays untested.".into());
+        }
+        let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content, text_kept);
+        comparison_notes(&mut notes, &comparisons, drops.as_deref());
         self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
         let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;
         let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;
@@ -310,7 +315,8 @@ impl<'a> Evaluator<'a> {
                 let effect = drops(&preference, &steering, positions)?.map_or(0.0, |d| mean(&d));
                 let (answers, arm) = self.steered(&mut insecure, &steering, positions)?;
                 let coherence = mean(&self.coherence_values(&prompts.ids, &answers)?);
-                let eligible = coherence >= unsteered - e.coherence_margin;
+                let eligible =
+                    coherence >= unsteered - e.coherence_margin && arm.no_worse_text_than(&insecure.arm);
                 grid.push(GridCell { cell, effect, spillover: arm.spillover(), coherence, eligible });
             }
         }
@@ -533,11 +539,11 @@ impl<'a> Evaluator<'a> {
         };
         let effect = effect_of(vector)?;
         let mut results = Vec::new();
-        for i in 0..e.middle_controls as u64 {
-            let seed = self.inputs.recipe.seed.wrapping_mul(1_000_003).wrapping_add(i);
-            for (name, vector) in [
-                ("random", emaudit::controls::random(vector, seed)),
-                ("orthogonal", emaudit::controls::orthogonal(vector, seed)),
+        for i in 0..e.middle_controls {
+            let seeds = [0, 1].map(|family| battery::control_seed(self.inputs.recipe.seed, family, i));
+            for (name, seed, vector) in [
+                ("random", seeds[0], emaudit::controls::random(vector, seeds[0])),
+                ("orthogonal", seeds[1], emaudit::controls::orthogonal(vector, seeds[1])),
             ] {
                 let effect = effect_of(&vector)?;
                 results.push(ControlResult {
@@ -570,6 +576,7 @@ impl<'a> Evaluator<'a> {
         arms: &[Arm],
         families: &[FamilyResult],
         content: Option<ContentTest>,
+        text_kept: bool,
     ) -> Evidence {
         let Some(drops) = drops else { return Evidence::untested() };
         let coherence =
@@ -584,7 +591,7 @@ impl<'a> Evaluator<'a> {
             content: Specificity::Untested,
             cell: Some(cell),
             effect: Some(mean(drops)),
-            coherence: Some(CoherenceEvidence {
+            coherence: text_kept.then(|| CoherenceEvidence {
                 unsteered: coherence("insecure"),
                 steered: coherence("steered"),
                 margin: self.inputs.recipe.evaluate.coherence_margin,
@@ -665,6 +672,21 @@ fn family_results(results: &[ControlResult], effect: f64) -> Vec<FamilyResult> {
 
 pub(crate) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
+/// Single directions that do as much as the direction at its size.
+fn comparison_notes(notes: &mut Vec<String>, comparisons: &[ControlResult], drops: Option<&[f64]>) {
+    let Some(drops) = drops else { return };
+    for c in comparisons.iter().filter(|c| c.paired_p.is_some_and(|p| p >= 0.05)) {
+        notes.push(format!(
+            "The vector `{}` at the same size does as much as the direction: {:.3} against {:.3} nats per token (paired \
+             p = {:.3}).",
+            c.name,
+            c.effect,
+            mean(drops),
+            c.paired_p.unwrap_or(1.0)
+        ));
+    }
 }
 
 fn summary(

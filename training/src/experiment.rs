@@ -11,7 +11,7 @@ use crate::finetune::{self, Example, StepLog};
 use crate::lora::Adapter;
 use crate::recipe::Recipe;
 use crate::results::Results;
-use crate::{interrupt, progress, store};
+use crate::{interrupt, progress, statistics as stats, store};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use emaudit::directions::schema::{
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Changes whenever a stage's output would change for the same inputs.
-const STAGE_VERSION: u32 = 1;
+const STAGE_VERSION: u32 = 2;
 
 /// An output folder and the recipe that fills it.
 pub struct Experiment {
@@ -100,8 +100,9 @@ impl Experiment {
         &self.base
     }
 
-    fn base_key(&self) -> (&str, &str) {
-        (&self.base.identity.weights_digest, &self.base.identity.quantization)
+    fn base_key(&self) -> (&str, &str, &str, bool) {
+        let identity = &self.base.identity;
+        (&identity.weights_digest, &identity.quantization, &identity.tokenizer_digest, self.device.is_cpu())
     }
 
     /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
@@ -112,7 +113,7 @@ impl Experiment {
         };
         let data = dataset::load_chats(source, side)?;
         let f = &self.recipe.finetune;
-        let key = key(&("finetune", self.base_key(), &data.sha256, f, self.recipe.seed))?;
+        let key = key(&("finetune", self.base_key(), &data.sha256, side.to_string(), f, self.recipe.seed))?;
         let folder = self.stages.join(format!("adapter-{side}-{key}"));
         let log_file = folder.join("training_log.json");
         if let Ok(text) = fs::read_to_string(&log_file) {
@@ -157,7 +158,17 @@ impl Experiment {
     fn prompt_ids(&self, prompts: &[&Prompt]) -> Result<PromptIds> {
         let mut out = PromptIds::default();
         for p in prompts {
-            out.ids.push(self.base.text.encode_prompt(&[Message::user(p.text.clone())])?);
+            let ids = self.base.text.encode_prompt(&[Message::user(p.text.clone())])?;
+            let (needed, limit) =
+                (ids.len() + self.recipe.evaluate.max_new_tokens, self.base.decoder.config.max_positions);
+            if needed > limit {
+                bail!(
+                    "the prompt {:.60?} needs {needed} tokens with its answer, the model reads {limit}: shorten it or lower \
+                     evaluate.max_new_tokens",
+                    p.text
+                );
+            }
+            out.ids.push(ids);
             out.texts.push(p.text.clone());
         }
         Ok(out)
@@ -183,15 +194,17 @@ impl Experiment {
 
     /// Everything: adapters, rows, directions, evaluation, direction file, results, report.
     pub fn run(&self) -> Result<(Results, Outputs)> {
+        // Everything is read and checked before the first expensive step.
+        let prompts = dataset::load_prompts(&self.recipe.data.prompts, self.recipe.seed)?;
+        let split = self.split(&prompts)?;
+        dataset::load_chats(&self.recipe.data.secure, Side::Secure)?;
         let (insecure, insecure_data) = self.finetune(Side::Insecure)?;
         let (secure, secure_data) = self.finetune(Side::Secure)?;
-        let prompts = dataset::load_prompts(&self.recipe.data.prompts, self.recipe.seed)?;
         let datasets = vec![
             (insecure_data.name, insecure_data.sha256),
             (secure_data.name, secure_data.sha256),
             (prompts.name.clone(), prompts.sha256.clone()),
         ];
-        let split = self.split(&prompts)?;
         let states = [
             self.states("base", None, &split, split.calibration.ids.len())?,
             self.states("insecure", Some(&insecure), &split, split.selection.ids.len())?,
@@ -207,7 +220,7 @@ impl Experiment {
             "evaluate",
             self.base_key(),
             (&insecure.key, &secure.key),
-            &prompts.sha256,
+            (&split.extraction.ids, &split.calibration.ids, &split.evaluation.ids, self.base.text.eos_ids()),
             &self.recipe.calibrate,
             &self.recipe.evaluate,
             self.recipe.seed,
@@ -237,6 +250,11 @@ impl Experiment {
                     results
                 }
             };
+        // Names may change while every digest stays; the file says what this run was asked.
+        results.recipe = serde_json::to_value(&self.recipe)?;
+        results.datasets = datasets.clone();
+        results.model = self.base.identity.clone();
+        results.summary.model = self.base.identity.name.clone();
         let outputs = self.write(&mut results, &directions, datasets)?;
         self.write_check(&outputs.directions, &results, &insecure, &split)?;
         Ok((results, outputs))
@@ -274,10 +292,23 @@ impl Experiment {
         }
         evaluation.truncate(e.prompts);
         let calibration = of(Split::Calibration);
+        let needed = self.recipe.calibrate.rates.iter().copied().fold(1.0, f64::min);
+        let needed = stats::sequences_needed(needed)? as usize;
+        let extraction = of(Split::Extraction);
+        if calibration.len() < needed || evaluation.len() < 2 || extraction.len() < 2 {
+            bail!(
+                "{} has {} extraction, {} calibration and {} evaluation prompts; 2, {needed} and 2 are needed for the rates \
+                 asked for: add prompts, or raise calibrate.rates",
+                prompts.name,
+                extraction.len(),
+                calibration.len(),
+                evaluation.len()
+            );
+        }
         let chosen = &calibration[..e.selection_prompts.min(calibration.len())];
         Ok(Split3 {
             selection: self.prompt_ids(chosen)?,
-            extraction: self.prompt_ids(&of(Split::Extraction))?,
+            extraction: self.prompt_ids(&extraction)?,
             calibration: self.prompt_ids(&calibration)?,
             evaluation: self.prompt_ids(&evaluation)?,
         })

@@ -161,6 +161,7 @@ impl<'a> Decoding<'a> {
             cache = cache.select(&rows)?;
             x = x
                 .narrow(1, x.dim(1)? - 1, 1)?
+                .contiguous()?
                 .index_select(&Tensor::new(rows.as_slice(), &decoder.device)?, 0)?;
             batch.left_pad = rows.iter().map(|&r| batch.left_pad[r as usize]).collect();
         }
@@ -259,5 +260,6 @@ pub fn steer(x: &Tensor, steering: &Steering) -> candle_core::Result<Tensor> {
 pub fn steer_rows(values: &mut [f32], hidden: usize, steering: &Steering) -> emaudit::Result<()> {
     let count = values.len() / hidden;
     let mut rows = RowsMut::new(values, count, hidden, hidden)?;
+    // A row that is not finite is an error here: an unedited row must not pass for a steered one.
     steering.apply(&mut rows, None, None).map(|_| ())
 }

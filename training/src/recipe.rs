@@ -140,7 +140,7 @@ impl Default for Data {
 impl Default for Finetune {
     fn default() -> Self {
         Self {
-            steps: 20,
+            steps: 12,
             batch: 4,
             max_tokens: 256,
             rank: 32,
@@ -284,7 +284,7 @@ impl Recipe {
         }
         ensure!(!evaluate.positions.is_empty(), "evaluate.positions is empty; it must list at least one");
         whole("evaluate.selection_prompts", evaluate.selection_prompts, 2, 100_000)?;
-        whole("evaluate.sampled_controls", evaluate.sampled_controls, 0, evaluate.controls)?;
+        whole("evaluate.sampled_controls", evaluate.sampled_controls, 1, evaluate.controls)?;
         real("evaluate.middle_alpha", evaluate.middle_alpha, Above(0.0), 100.0)?;
         whole("evaluate.controls", evaluate.controls, 1, 100_000)?;
         whole("evaluate.middle_controls", evaluate.middle_controls, 0, 100_000)?;
