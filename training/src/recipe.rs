@@ -284,7 +284,7 @@ impl Recipe {
         }
         ensure!(!evaluate.positions.is_empty(), "evaluate.positions is empty; it must list at least one");
         whole("evaluate.selection_prompts", evaluate.selection_prompts, 2, 100_000)?;
-        whole("evaluate.sampled_controls", evaluate.sampled_controls, 1, evaluate.controls)?;
+        whole("evaluate.sampled_controls", evaluate.sampled_controls, 1, 100_000)?;
         real("evaluate.middle_alpha", evaluate.middle_alpha, Above(0.0), 100.0)?;
         whole("evaluate.controls", evaluate.controls, 1, 100_000)?;
         whole("evaluate.middle_controls", evaluate.middle_controls, 0, 100_000)?;
@@ -466,7 +466,7 @@ mod tests {
             ("[finetune]\nlearning_rate = inf", "finetune.learning_rate is inf"),
             ("[finetune]\nweight_decay = 2.0", "finetune.weight_decay is 2"),
             ("[finetune]\nmax_grad_norm = 0.0", "finetune.max_grad_norm is 0"),
-            ("[finetune]\nwarmup_steps = 24", "finetune.steps is only 24"),
+            ("[finetune]\nwarmup_steps = 12", "finetune.steps is only 12"),
             ("[finetune]\nschedule = \"step\"", "unknown variant `step`"),
             ("[calibrate]\nrates = []", "calibrate.rates is empty"),
             ("[calibrate]\nrates = [0.01, 0.01]", "names 0.01 twice"),
@@ -477,6 +477,8 @@ mod tests {
             ("[evaluate]\ntop_p = 1.5", "evaluate.top_p is 1.5; it must be above 0 and at most 1"),
             ("[evaluate]\nalphas = [0.0]", "evaluate.alphas is 0"),
             ("[evaluate]\ncontrols = 0", "evaluate.controls is 0"),
+            ("[evaluate]\nsampled_controls = 0", "evaluate.sampled_controls is 0"),
+            ("[evaluate]\npositions = []", "evaluate.positions is empty"),
             ("[evaluate]\nbootstrap = 10", "evaluate.bootstrap is 10"),
             ("[evaluate]\ncoherence_margin = -1.0", "evaluate.coherence_margin is -1"),
             ("[finetune", "not valid TOML"),
