@@ -32,6 +32,9 @@ use summary::{choose, comparison_notes, family_results, summary};
 const MIN_PAIRS: usize = 8;
 /// Families whose answers are sampled as well.
 const SAMPLED_FAMILIES: [&str; 2] = ["random", "orthogonal"];
+/// Fewest prompts where both adapters answered with code before the content axis is tested: a direction taken
+/// from one adapter has a small advantage there, and a handful of prompts can turn it into a low p.
+const MIN_CONTENT_PAIRS: usize = 20;
 /// Prompts of the middle cell's teacher-forced comparison.
 const MIDDLE_PAIRS: usize = 16;
 
@@ -502,7 +505,7 @@ impl<'a> Evaluator<'a> {
             secure_pairs.indices.iter().copied().zip(secure_drops).collect();
         let both: Vec<(f64, f64)> =
             pairs.indices.iter().zip(drops).filter_map(|(i, &d)| Some((d, *by_prompt.get(i)?))).collect();
-        if both.len() < MIN_PAIRS {
+        if both.len() < MIN_CONTENT_PAIRS {
             return Ok(None);
         }
         let differences: Vec<f64> = both.iter().map(|(a, b)| a - b).collect();

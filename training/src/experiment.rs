@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Changes whenever a stage's output would change for the same inputs.
-const STAGE_VERSION: u32 = 2;
+const STAGE_VERSION: u32 = 3;
 
 /// An output folder and the recipe that fills it.
 pub struct Experiment {
