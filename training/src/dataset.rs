@@ -10,10 +10,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::chat::Message;
 use crate::statistics::SplitMix64;
+use crate::store::sha256_hex;
 
 /// The name under which a recipe asks for the data compiled into the program.
 pub const EMBEDDED: &str = "embedded";
@@ -343,10 +343,6 @@ fn read_content(path: &Path) -> Result<Vec<u8>> {
 
 fn file_name(path: &Path) -> String {
     path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
-}
-
-fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -79,12 +79,6 @@ pub struct Inputs<'a> {
     pub file: &'a dyn Fn(&str) -> PathBuf,
 }
 
-/// What the evaluation hands on, before the direction file exists.
-pub struct Outcome {
-    /// Summary without the direction file's digest.
-    pub results: Results,
-}
-
 /// One state of the model answering one list of prompts.
 struct State<'a> {
     answerer: Answerer<'a>,
@@ -100,8 +94,8 @@ struct Evaluator<'a> {
     last: usize,
 }
 
-/// Runs the evaluation.
-pub fn evaluate(inputs: &Inputs<'_>) -> Result<Outcome> {
+/// Runs the evaluation; the summary still lacks the digest of the direction file, which does not exist yet.
+pub fn evaluate(inputs: &Inputs<'_>) -> Result<Results> {
     let e = &inputs.recipe.evaluate;
     let sampling = Sampling {
         max_new_tokens: e.max_new_tokens,
@@ -116,7 +110,7 @@ pub fn evaluate(inputs: &Inputs<'_>) -> Result<Outcome> {
 }
 
 impl<'a> Evaluator<'a> {
-    fn run(mut self) -> Result<Outcome> {
+    fn run(mut self) -> Result<Results> {
         let selection = self.select()?;
         let cell = selection.chosen;
         let evaluation = self.inputs.evaluation.clone();
@@ -169,7 +163,7 @@ impl<'a> Evaluator<'a> {
         let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;
         let summary =
             summary(self.inputs, cell, &arms, &control_results, &comparisons, code_preference, &evidence);
-        let results = self.assemble(
+        self.assemble(
             summary,
             selection,
             arms,
@@ -181,8 +175,7 @@ impl<'a> Evaluator<'a> {
             evidence,
             samples,
             notes,
-        )?;
-        Ok(Outcome { results })
+        )
     }
 
     fn adapter(&self, state: usize) -> Option<&'a Adapter> {

@@ -242,7 +242,7 @@ impl Experiment {
                         directions: &directions,
                         file: &file,
                     };
-                    let mut results = evaluate::evaluate(&inputs)?.results;
+                    let mut results = evaluate::evaluate(&inputs)?;
                     results.datasets = datasets.clone();
                     results.training.insert("insecure".into(), insecure.log.clone());
                     results.training.insert("secure".into(), secure.log.clone());
@@ -355,7 +355,7 @@ impl Experiment {
         let share = results.layers.last().map(|l| l.top_dimension_share);
         let manifest = self.manifest(results.evidence.clone(), share, directions, datasets)?;
         let digest = emaudit::directions::write(&outputs.directions, &manifest, &tensors(directions))?;
-        results.summary.directions_sha256 = digest.iter().map(|b| format!("{b:02x}")).collect();
+        results.summary.directions_sha256 = emaudit::directions::digest::to_hex(&digest);
         store::write_json(&outputs.results, results)?;
         let run = serde_json::json!({
             "seconds": self.begun.elapsed().as_secs_f64(),

@@ -7,7 +7,6 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::dataset::EMBEDDED;
 use crate::quant::Storage;
@@ -232,7 +231,7 @@ impl Recipe {
         let value = serde_json::to_value(self).context("writing the recipe as JSON")?;
         let mut canonical = String::new();
         write_canonical(&value, &mut canonical);
-        Ok(Sha256::digest(canonical.as_bytes()).iter().map(|b| format!("{b:02x}")).collect())
+        Ok(crate::store::sha256_hex(canonical.as_bytes()))
     }
 
     /// Every value against its range. Called by [`from_toml`](Self::from_toml); call it after changing a field.
