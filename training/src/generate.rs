@@ -2,7 +2,7 @@
 
 use crate::capture::by_length;
 use crate::lora::Adapter;
-use crate::model::{Batch, Cache, Decoder};
+use crate::model::{Batch, Cache, Decoder, Prefix};
 use crate::random;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -152,10 +152,11 @@ impl<'a> Decoding<'a> {
                 prompts.push(prompt);
             }
         }
-        let mut batch = Batch::new(&prompts, &decoder.device)?;
-        let columns = batch.ids.dim(1)? + sampling.max_new_tokens;
-        let mut cache = Cache::new(&decoder.config, prompts.len(), columns, &decoder.device)?;
-        let mut hook = |layer, x| edit(intervention, true, layer, x);
+        let columns = prompts.iter().map(|p| p.len()).max().unwrap_or(0) + sampling.max_new_tokens;
+        let mut hook = |layer, x| edit(intervention, Phase::Shared, layer, x);
+        let prefix = Prefix::read(decoder, &prompts, adapter, columns, &mut hook)?;
+        let (mut batch, mut cache) = prefix.continued(decoder, &prompts)?;
+        let mut hook = |layer, x| edit(intervention, Phase::Prompt, layer, x);
         let mut x = decoder.forward(&batch, adapter, Some(&mut cache), &mut hook)?;
         if prompts.len() < chunk.len() {
             cache = cache.select(&rows)?;
@@ -189,7 +190,7 @@ impl<'a> Decoding<'a> {
         let ids = Tensor::from_vec(last, (self.live.len(), 1), &self.decoder.device)?;
         let batch = Batch { ids, left_pad: self.left_pad.clone() };
         let intervention = self.intervention;
-        let mut hook = |layer, x| edit(intervention, false, layer, x);
+        let mut hook = |layer, x| edit(intervention, Phase::Answer, layer, x);
         let x = self.decoder.forward(&batch, self.adapter, Some(&mut self.cache), &mut hook)?;
         self.take_tokens(&x, &[])
     }
@@ -226,17 +227,28 @@ impl<'a> Decoding<'a> {
     }
 }
 
-/// Applies the intervention to the rows it is meant for; `prefill` tells the two phases apart.
+/// What a pass reads.
+enum Phase {
+    /// The beginning of all prompts of a batch.
+    Shared,
+    /// The rest of each prompt.
+    Prompt,
+    /// One answer token per row.
+    Answer,
+}
+
+/// Applies the intervention to the rows it is meant for.
 fn edit(
     intervention: Option<&Intervention<'_>>,
-    prefill: bool,
+    phase: Phase,
     layer: usize,
     x: Tensor,
 ) -> candle_core::Result<Tensor> {
     let Some(i) = intervention.filter(|i| i.layer == layer) else { return Ok(x) };
-    match (prefill, i.positions) {
-        (true, Positions::Generated) | (false, Positions::FinalPrefill) => Ok(x),
-        (true, Positions::FinalPrefill) => {
+    match (phase, i.positions) {
+        (Phase::Shared | Phase::Prompt, Positions::Generated) => Ok(x),
+        (Phase::Shared | Phase::Answer, Positions::FinalPrefill) => Ok(x),
+        (Phase::Prompt, Positions::FinalPrefill) => {
             let tokens = x.dim(1)?;
             let last = steer(&x.narrow(1, tokens - 1, 1)?, i.steering)?;
             if tokens == 1 {
