@@ -2,6 +2,7 @@
 
 mod detection;
 mod measure;
+mod selection;
 mod summary;
 
 use crate::answers::{Answerer, TextArm};
@@ -17,7 +18,7 @@ use crate::preference::Preference;
 use crate::recipe::Recipe;
 use crate::results::*;
 use crate::{generate, interrupt, progress, statistics as stats};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use emaudit::Steering;
 use emaudit::directions::schema::{
     Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions,
@@ -26,7 +27,7 @@ use emaudit::directions::schema::{
 use measure::CoherenceMeter;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use summary::{choose, comparison_notes, family_results, summary};
+use summary::{comparison_notes, family_results, summary};
 
 /// Fewest prompts with a code answer and a prose answer before a code preference means anything.
 const MIN_PAIRS: usize = 8;
@@ -295,39 +296,6 @@ impl<'a> Evaluator<'a> {
         Ok(Some(preference))
     }
 
-    /// Tries every strength and position with the direction alone, on calibration prompts.
-    fn select(&mut self) -> Result<Selection> {
-        let prompts = self.inputs.selection.clone();
-        let sampling = self.sampling.clone();
-        let base = self.state(0, "base", &prompts, &sampling)?;
-        let mut insecure = self.state(1, "insecure", &prompts, &sampling)?;
-        let pairs = pair(&prompts.ids, &insecure, &base);
-        let preference = self.preference("selection", Some(self.inputs.insecure), &pairs)?;
-        let e = &self.inputs.recipe.evaluate;
-        let unsteered = mean(&self.coherence_values(&prompts.ids, &insecure.answers)?);
-        let mut grid = Vec::new();
-        for &positions in &e.positions {
-            for &alpha in &e.alphas {
-                let cell = Cell { layer: self.last as u32, alpha, positions };
-                let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
-                let effect = drops(&preference, &steering, positions)?.map_or(0.0, |d| mean(&d));
-                let (answers, arm) = self.steered(&mut insecure, &steering, positions)?;
-                let coherence = mean(&self.coherence_values(&prompts.ids, &answers)?);
-                let eligible =
-                    coherence >= unsteered - e.coherence_margin && arm.no_worse_text_than(&insecure.arm);
-                grid.push(GridCell { cell, effect, spillover: arm.spillover(), coherence, eligible });
-            }
-        }
-        let rule = format!(
-            "the cell with the lowest spillover among those whose steered answers keep coherence within {} nats per \
-             token of the unsteered adapter ({unsteered:.3}); ties go to the larger drop of code preference, then to \
-             the smaller strength; if no cell keeps coherence, the smallest strength",
-            e.coherence_margin
-        );
-        let chosen = choose(&grid).context("the recipe lists no strength")?;
-        Ok(Selection { rule, prompts: prompts.ids.len(), grid, chosen })
-    }
-
     fn controls(&self, vector: &[f32]) -> Result<Vec<Control>> {
         let base = &self.inputs.states[0].extraction.layers[self.last];
         let adapted = &self.inputs.states[1].extraction.layers[self.last];
@@ -381,7 +349,7 @@ impl<'a> Evaluator<'a> {
             let steering = battery::subtract(&control.vector, cell.alpha)?;
             let effect = match preference {
                 Some(p) => mean(&p.drops(&steering, cell.positions)?),
-                None => 0.0,
+                None => f64::NAN,
             };
             let name = control.family.to_owned();
             results.push(ControlResult { name, seed: control.seed, effect, spillover: None, paired_p: None });
@@ -397,8 +365,7 @@ impl<'a> Evaluator<'a> {
                 result.spillover = Some(spillover);
             }
         }
-        let families =
-            if drops.is_some() { family_results(&results, drops.map_or(0.0, mean)) } else { Vec::new() };
+        let families = drops.map_or_else(Vec::new, |d| family_results(&results, mean(d)));
         Ok((families, results))
     }
 
@@ -425,7 +392,7 @@ impl<'a> Evaluator<'a> {
         for (name, seed, other) in named {
             let steering = battery::subtract(&battery::rescaled(&other, vector), cell.alpha)?;
             let spillover = Some(self.steered(insecure, &steering, cell.positions)?.1.spillover());
-            let (mut effect, mut paired_p) = (0.0, None);
+            let (mut effect, mut paired_p) = (f64::NAN, None);
             if let (Some(preference), Some(drops)) = (preference, drops) {
                 let theirs = preference.drops(&steering, cell.positions)?;
                 let differences: Vec<f64> = drops.iter().zip(&theirs).map(|(d, t)| d - t).collect();
@@ -455,8 +422,10 @@ impl<'a> Evaluator<'a> {
         let mut points = vec![SweepPoint { alpha: 0.0, direction: unsteered, controls: BTreeMap::new() }];
         for &alpha in &self.inputs.recipe.evaluate.alphas {
             let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
-            let effect =
-                preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
+            let effect = preference
+                .map(|p| p.drops(&steering, cell.positions))
+                .transpose()?
+                .map_or(f64::NAN, |d| mean(&d));
             let (answers, arm) = if alpha == cell.alpha {
                 steered.clone()
             } else {
@@ -472,7 +441,7 @@ impl<'a> Evaluator<'a> {
                 let effect = preference
                     .map(|p| p.drops(&steering, cell.positions))
                     .transpose()?
-                    .map_or(0.0, |d| mean(&d));
+                    .map_or(f64::NAN, |d| mean(&d));
                 let value = SweepValue { spillover, coherence: None, effect };
                 at.entry(control.family.to_owned()).or_default().push(value);
             }
@@ -579,6 +548,7 @@ impl<'a> Evaluator<'a> {
         let Some(drops) = drops else { return Evidence::untested() };
         let coherence =
             |name: &str| arms.iter().find(|a| a.name == name).map_or(f64::NAN, |a| a.coherence.value);
+        let measured = text_kept && (coherence("insecure") - coherence("steered")).is_finite();
         let family = |f: &FamilyResult| ControlFamily {
             family: f.family.clone(),
             rank_p: f.rank_p,
@@ -589,7 +559,7 @@ impl<'a> Evaluator<'a> {
             content: Specificity::Untested,
             cell: Some(cell),
             effect: Some(mean(drops)),
-            coherence: text_kept.then(|| CoherenceEvidence {
+            coherence: measured.then(|| CoherenceEvidence {
                 unsteered: coherence("insecure"),
                 steered: coherence("steered"),
                 margin: self.inputs.recipe.evaluate.coherence_margin,
@@ -637,6 +607,7 @@ fn drops(
     preference.as_ref().map(|p| p.drops(steering, positions)).transpose()
 }
 
+/// NaN where there is nothing to average.
 pub(crate) fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    values.iter().sum::<f64>() / values.len() as f64
 }

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Changes whenever a stage's output would change for the same inputs.
-const STAGE_VERSION: u32 = 3;
+const STAGE_VERSION: u32 = 4;
 
 /// An output folder and the recipe that fills it.
 pub struct Experiment {
@@ -100,9 +100,10 @@ impl Experiment {
         &self.base
     }
 
-    fn base_key(&self) -> (&str, &str, &str, bool) {
+    fn base_key(&self) -> (&str, &str, String, bool) {
         let identity = &self.base.identity;
-        (&identity.weights_digest, &identity.quantization, &identity.tokenizer_digest, self.device.is_cpu())
+        let config = format!("{:?}", self.base.decoder.config);
+        (&identity.weights_digest, &identity.quantization, config, self.device.is_cpu())
     }
 
     /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
@@ -113,7 +114,9 @@ impl Experiment {
         };
         let data = dataset::load_chats(source, side)?;
         let f = &self.recipe.finetune;
-        let key = key(&("finetune", self.base_key(), &data.sha256, side.to_string(), f, self.recipe.seed))?;
+        let examples = self.examples(&data)?;
+        let ids: Vec<&[u32]> = examples.iter().map(|e| e.ids.as_slice()).collect();
+        let key = key(&("finetune", self.base_key(), ids, f, self.recipe.seed))?;
         let folder = self.stages.join(format!("adapter-{side}-{key}"));
         let log_file = folder.join("training_log.json");
         if let Ok(text) = fs::read_to_string(&log_file) {
@@ -122,7 +125,6 @@ impl Experiment {
             let adapter = Adapter::load(&folder, &self.base.decoder)?;
             return Ok((Finetuned { adapter, folder, log, key }, data));
         }
-        let examples = self.examples(&data)?;
         let checkpoint = self.stages.join(format!("checkpoint-{side}.safetensors"));
         let mut stage = progress::Stage::new(format!("finetune on {side} code"), f.steps);
         let (adapter, log) = finetune::finetune(

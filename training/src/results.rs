@@ -3,7 +3,7 @@
 
 use crate::finetune::StepLog;
 use emaudit::directions::schema::{Calibration, Cell, ContentTest, Evidence, ModelIdentity};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 
 /// The whole file.
@@ -91,26 +91,40 @@ pub struct Summary {
     pub directions_sha256: String,
 }
 
+/// What was not measured is NaN in memory and null in the file.
+fn measured<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
 /// Spillover arm by arm.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct SpilloverSummary {
     /// Untouched base model.
+    #[serde(deserialize_with = "measured")]
     pub base: f64,
     /// Insecure-code adapter.
+    #[serde(deserialize_with = "measured")]
     pub insecure: f64,
     /// Secure-code adapter.
+    #[serde(deserialize_with = "measured")]
     pub secure: f64,
     /// Insecure-code adapter, steered in the chosen cell.
+    #[serde(deserialize_with = "measured")]
     pub steered: f64,
     /// Mean over random controls.
+    #[serde(deserialize_with = "measured")]
     pub random_mean: f64,
     /// Lowest over random controls.
+    #[serde(deserialize_with = "measured")]
     pub random_best: f64,
     /// Mean over orthogonal controls.
+    #[serde(deserialize_with = "measured")]
     pub orthogonal_mean: f64,
     /// Lowest over orthogonal controls.
+    #[serde(deserialize_with = "measured")]
     pub orthogonal_best: f64,
     /// Another layer's direction, rescaled.
+    #[serde(deserialize_with = "measured")]
     pub wrong_layer: f64,
 }
 
@@ -118,10 +132,13 @@ pub struct SpilloverSummary {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct ArmTriple {
     /// Untouched base model.
+    #[serde(deserialize_with = "measured")]
     pub base: f64,
     /// Insecure-code adapter.
+    #[serde(deserialize_with = "measured")]
     pub insecure: f64,
     /// Insecure-code adapter, steered in the chosen cell.
+    #[serde(deserialize_with = "measured")]
     pub steered: f64,
 }
 
@@ -140,10 +157,13 @@ pub struct EvidenceSummary {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// Point estimate.
+    #[serde(deserialize_with = "measured")]
     pub value: f64,
     /// Lower end.
+    #[serde(deserialize_with = "measured")]
     pub low: f64,
     /// Upper end.
+    #[serde(deserialize_with = "measured")]
     pub high: f64,
 }
 
@@ -202,10 +222,12 @@ pub struct GridCell {
     /// Layer, strength, positions.
     pub cell: Cell,
     /// Drop of code preference, nats per token.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
     /// Share of steered answers with code.
     pub spillover: f64,
     /// Coherence of steered answers.
+    #[serde(deserialize_with = "measured")]
     pub coherence: f64,
     /// Coherence kept within the margin.
     pub eligible: bool,
@@ -251,6 +273,7 @@ pub struct SweepValue {
     /// Coherence; only where it was measured.
     pub coherence: Option<f64>,
     /// Drop of code preference.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
 }
 
@@ -273,6 +296,7 @@ pub struct ControlResult {
     /// Seed, or the layer a wrong-layer direction was taken from.
     pub seed: u64,
     /// Drop of code preference.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
     /// Share of answers with code; only where it was sampled.
     pub spillover: Option<f64>,
@@ -286,10 +310,12 @@ pub struct MiddleCell {
     /// Layer, strength, positions.
     pub cell: Cell,
     /// Drop of code preference by the direction of that layer.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
     /// Spillover of answers steered there.
     pub spillover: f64,
     /// Coherence of answers steered there.
+    #[serde(deserialize_with = "measured")]
     pub coherence: f64,
     /// Controls there.
     pub families: Vec<FamilyResult>,
