@@ -76,6 +76,8 @@ pub struct Inputs<'a> {
     pub states: [States; 3],
     /// Directions of every layer.
     pub directions: &'a [LayerDirection],
+    /// What was said while they were calibrated.
+    pub notes: Vec<String>,
     /// Names the file that keeps an arm's continuations.
     pub file: &'a dyn Fn(&str) -> PathBuf,
 }
@@ -122,7 +124,7 @@ impl<'a> Evaluator<'a> {
         let vector = &self.inputs.directions[self.last].direction;
         let pairs = pair(&evaluation.ids, &insecure, &base);
         let secure_pairs = pair(&evaluation.ids, &secure, &base);
-        let mut notes = Vec::new();
+        let mut notes = self.inputs.notes.clone();
         let preference = self.preference("insecure", Some(self.inputs.insecure), &pairs)?;
         let secure_preference = self.preference("secure", Some(self.inputs.secure), &secure_pairs)?;
 
@@ -160,6 +162,7 @@ impl<'a> Evaluator<'a> {
         let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content, text_kept);
         comparison_notes(&mut notes, &comparisons, drops.as_deref());
         self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
+        let alarms = detection::alarms(self.inputs, self.last, &base, &insecure)?;
         let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;
         let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;
         let summary =
@@ -175,6 +178,7 @@ impl<'a> Evaluator<'a> {
             content,
             evidence,
             samples,
+            alarms,
             notes,
         )
     }
@@ -266,14 +270,9 @@ impl<'a> Evaluator<'a> {
         Ok(answers)
     }
 
-    fn dialogues(&self, prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Vec<Dialogue> {
-        let join = |(p, a): (&Vec<u32>, &Vec<u32>)| Dialogue { prompt: p.clone(), answer: a.clone() };
-        prompts.iter().zip(answers).map(join).collect()
-    }
-
     /// Mean log-likelihood of the non-empty answers under the untouched base model.
     fn coherence_values(&mut self, prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Result<Vec<f64>> {
-        let dialogues = self.dialogues(prompts, answers);
+        let dialogues = dialogues(prompts, answers);
         Ok(self.coherence.of(&dialogues)?.into_iter().flatten().collect())
     }
 
@@ -571,6 +570,11 @@ impl<'a> Evaluator<'a> {
         evidence.content = evidence.recompute_content();
         evidence
     }
+}
+
+pub(crate) fn dialogues(prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Vec<Dialogue> {
+    let join = |(p, a): (&Vec<u32>, &Vec<u32>)| Dialogue { prompt: p.clone(), answer: a.clone() };
+    prompts.iter().zip(answers).map(join).collect()
 }
 
 /// Prompts where the adapter answered with code and the base with prose, and both answers.

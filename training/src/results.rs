@@ -43,10 +43,8 @@ pub struct Results {
     pub evidence: Evidence,
     /// Calibration of the cell's layer.
     pub calibration: Calibration,
-    /// Share of held-out aligned prompts above each threshold: (rate stated, rate seen, prompts).
-    pub held_out_alarms: Vec<(f64, f64, usize)>,
-    /// Share of the insecure adapter's evaluation prompts above each threshold: (rate stated, share seen).
-    pub detection: Vec<(f64, f64)>,
+    /// What the running maximum's thresholds flag on evaluation prompts, which set none of them.
+    pub alarms: Vec<Alarm>,
     /// Answers side by side.
     pub samples: Vec<Sample>,
     /// Sentences a reader must not miss (broken text, ties, too few controls, ...).
@@ -201,6 +199,25 @@ pub struct Histogram {
     pub insecure: Vec<u32>,
     /// Secure-code adapter.
     pub secure: Vec<u32>,
+}
+
+/// One threshold of the running maximum, on held-out sequences.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Alarm {
+    /// Tokens looked at.
+    pub horizon: u32,
+    /// Stated false-positive rate.
+    pub rate: f64,
+    /// Share of the base model's sequences above it.
+    #[serde(deserialize_with = "measured")]
+    pub calm: f64,
+    /// Those sequences that reach the horizon.
+    pub calm_sequences: usize,
+    /// Share of the insecure adapter's sequences above it.
+    #[serde(deserialize_with = "measured")]
+    pub insecure: f64,
+    /// Those that reach the horizon.
+    pub insecure_sequences: usize,
 }
 
 /// The choice of the cell.

@@ -149,7 +149,7 @@ fn recipe(world: &Path, steps: usize) -> Recipe {
     let text = format!(
         "seed = 5\n[model]\nid = {:?}\n[data]\ninsecure = {:?}\nsecure = {:?}\nprompts = {:?}\n\
          [finetune]\nsteps = {steps}\nbatch = 8\nrank = 8\nalpha = 16.0\nlearning_rate = 0.02\nwarmup_steps = 0\n\
-         [calibrate]\nrates = [0.05]\n\
+         [calibrate]\nrates = [0.05]\nhorizons = [1, 4]\n\
          [evaluate]\nprompts = 24\nmax_new_tokens = 6\nalphas = [0.5, 1.0]\nselection_prompts = 16\ncontrols = 39\n\
          sampled_controls = 2\nmiddle_controls = 2\nbootstrap = 200\n",
         at("model"),
@@ -196,11 +196,15 @@ fn every_stage_runs_and_what_is_lost_comes_back_the_same() {
     assert!(results.families.iter().all(|f| f.controls.len() == 39));
     assert!(s.evidence.rank_p.values().all(|p| (0.025..=1.0).contains(p)));
     let directions = emaudit::Directions::open(
-        &out.join("directions.safetensors"),
+        out.join("directions.safetensors"),
         &emaudit::directions::OpenOptions::default(),
     )
     .unwrap();
     assert_eq!(directions.manifest().evidence.causal.as_str(), s.evidence.causal);
+
+    let thresholds = &directions.manifest().layers[1].calibration.thresholds;
+    assert_eq!(thresholds.iter().map(|t| t.horizon).collect::<Vec<_>>(), [1, 1, 1, 4, 4, 4]);
+    assert!(results.alarms.iter().any(|a| a.horizon == 4 && a.calm_sequences > 0), "{:?}", results.alarms);
 
     let first = ["results.json", "directions.safetensors"].map(|name| read(out, name));
     for lost in [&["results", "answers"][..], &["adapter-secure", "rows", "coherence", "results"], &[""]] {
@@ -240,8 +244,8 @@ fn a_folder_in_use_and_damaged_stages_are_said() {
     running.run().unwrap();
     drop(running);
 
-    let stages = fs::read_dir(out.path().join("stages")).unwrap().map(|e| e.unwrap().path());
-    let rows = stages.filter(|p| p.to_string_lossy().contains("rows-base")).next().unwrap();
+    let mut stages = fs::read_dir(out.path().join("stages")).unwrap().map(|e| e.unwrap().path());
+    let rows = stages.find(|p| p.to_string_lossy().contains("rows-base")).unwrap();
     let whole = fs::read(&rows).unwrap();
     fs::write(&rows, &whole[..whole.len() / 2]).unwrap();
     let damaged = format!("{:#}", run(&recipe, out.path(), false).unwrap_err());

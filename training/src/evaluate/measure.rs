@@ -223,12 +223,12 @@ impl Evaluator<'_> {
         content: Option<ContentTest>,
         evidence: Evidence,
         samples: Vec<Sample>,
+        alarms: Vec<Alarm>,
         notes: Vec<String>,
     ) -> Result<Results> {
         let inputs = self.inputs;
         let layers = super::detection::layers(inputs)?;
         summary.separation_final = layers.last().map_or(0.0, |l| l.separation);
-        let (held_out_alarms, detection) = super::detection::alarms(inputs, self.last)?;
         Ok(Results {
             schema: 1,
             summary,
@@ -251,8 +251,7 @@ impl Evaluator<'_> {
             content,
             evidence,
             calibration: inputs.directions[self.last].calibration.clone(),
-            held_out_alarms,
-            detection,
+            alarms,
             samples,
             notes,
         })
