@@ -53,7 +53,7 @@ pub fn statistic(tokens: &[f32], aggregation: Aggregation, horizon: u32) -> Opti
     match aggregation {
         Aggregation::Mean => Some(seen.sum::<f64>() / f64::from(horizon)),
         Aggregation::Max => seen.reduce(f64::max),
-        Aggregation::Last => seen.last(),
+        Aggregation::Last => seen.reduce(|_, z| z),
     }
 }
 
