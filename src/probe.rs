@@ -166,6 +166,42 @@ impl Probe {
         nonfinite
     }
 
+    /// Scores every row with several probes in one reading of the rows: `scores[i * probes.len() + k]` for row `i` and
+    /// `probes[k]`, with the same bits as [`Probe::score`] of each probe alone.
+    ///
+    /// `rows` is `n x width`; `scores` has `n * probes.len()` elements, `status` has `n`. A row is
+    /// [`RowStatus::NonFinite`] where any of its scores is not finite; that score is a NaN.
+    ///
+    /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (lengths; no probe; probes with different kernels) before
+    /// anything is written; [`Error::NonFinite`] after all rows.
+    pub fn score_all(
+        probes: &[Probe],
+        rows: &Rows<'_>,
+        unit: ScoreUnit,
+        scores: &mut [f32],
+        mut status: Option<&mut [RowStatus]>,
+    ) -> Result<()> {
+        if probes.is_empty() {
+            return Err(Error::InvalidArgument("there is no probe to score with".into()));
+        }
+        check_length("scores", scores.len(), rows.rows().saturating_mul(probes.len()))?;
+        if let Some(status) = &status {
+            check_length("row statuses", status.len(), rows.rows())?;
+        }
+        for probe in probes {
+            probe.check_width(rows.cols())?;
+            if probe.kernel() != probes[0].kernel() {
+                return Err(Error::InvalidArgument("the probes are bound to different kernels".into()));
+            }
+        }
+        let nonfinite = match rows.dtype() {
+            Dtype::F32 => score_all_as::<f32>(probes, rows, unit, scores, &mut status),
+            Dtype::F16 => score_all_as::<f16>(probes, rows, unit, scores, &mut status),
+            Dtype::Bf16 => score_all_as::<bf16>(probes, rows, unit, scores, &mut status),
+        };
+        if nonfinite > 0 { Err(Error::NonFinite { rows: nonfinite }) } else { Ok(()) }
+    }
+
     /// Both scores from the dot product with the unit direction; `None` when one is not finite.
     pub(crate) fn projection(&self, dot: f32) -> Option<Projection> {
         let raw = f64::from(dot) - self.inner.offset;
@@ -242,6 +278,30 @@ impl Probe {
     pub(crate) fn unit_norm(&self) -> f64 {
         self.inner.unit_norm
     }
+}
+
+fn score_all_as<T: Scored>(
+    probes: &[Probe],
+    rows: &Rows<'_>,
+    unit: ScoreUnit,
+    scores: &mut [f32],
+    status: &mut Option<&mut [RowStatus]>,
+) -> usize {
+    let mut nonfinite = 0;
+    for i in 0..rows.rows() {
+        let row = rows.row::<T>(i);
+        let mut finite = true;
+        for (probe, score) in probes.iter().zip(&mut scores[i * probes.len()..]) {
+            let projection = probe.projection(probe.inner.kernel.dot(row, &probe.inner.unit));
+            *score = projection.map_or(f32::NAN, |p| p.score(unit));
+            finite &= projection.is_some();
+        }
+        nonfinite += usize::from(!finite);
+        if let Some(status) = status {
+            status[i] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };
+        }
+    }
+    nonfinite
 }
 
 /// A row seen along the direction.
