@@ -330,4 +330,12 @@ impl<'a> RowsMut<'a> {
         // SAFETY: as in `Rows::row`; `&mut self` keeps the row exclusive and rows do not overlap.
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().add(offset), self.layout.cols) }
     }
+
+    /// One row, to edit, and the one after it, to look at; that one is empty after the last row.
+    pub(crate) fn row_and_next<T: Element>(&mut self, row: usize) -> (&mut [T], &[T]) {
+        let next: &[T] = if row + 1 < self.layout.rows { self.as_rows().row(row + 1) } else { &[] };
+        // SAFETY: of lifetimes only: rows never overlap, and both borrows end with that of `self`.
+        let next = unsafe { std::slice::from_raw_parts(next.as_ptr(), next.len()) };
+        (self.row_mut(row), next)
+    }
 }

@@ -206,16 +206,18 @@ impl Steering {
         mut status: Option<&mut [RowStatus]>,
     ) -> SteerReport {
         let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
+        // Scoring fetches all of the next row where few rows are edited; else scoring and editing fetch half each.
+        let gated = self.options.gate.is_some();
         for i in 0..rows.rows() {
-            let row = rows.row_mut::<T>(i);
-            let (dot, squares) = self.kernel.dot_squares(row, self.probe.unit_direction());
+            let (row, next) = rows.row_and_next::<T>(i);
+            let (dot, squares) = self.kernel.dot_squares_ahead(row, self.probe.unit_direction(), next, gated);
             let projection = self.probe.projection(dot);
             if let Some((unit, scores)) = &mut scores {
                 scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
             }
             let strength = strengths.map_or(1.0, |s| s[i]);
             let outcome = match projection {
-                Some(projection) => self.steer(row, projection, squares, strength),
+                Some(projection) => self.steer(row, projection, squares, strength, next),
                 None => Outcome::untouched(RowStatus::NonFinite),
             };
             report.add(&outcome);
@@ -226,7 +228,14 @@ impl Steering {
         report
     }
 
-    fn steer<T: Scored>(&self, row: &mut [T], seen: Projection, squares: f32, strength: f32) -> Outcome {
+    fn steer<T: Scored>(
+        &self,
+        row: &mut [T],
+        seen: Projection,
+        squares: f32,
+        strength: f32,
+        next: &[T],
+    ) -> Outcome {
         if self.options.gate.is_some_and(|gate| seen.z <= gate) {
             return Outcome::untouched(RowStatus::Gated);
         }
@@ -244,7 +253,7 @@ impl Steering {
         if !self.stays_finite(row, vector, c, norm) {
             return Outcome::untouched(RowStatus::NonFinite);
         }
-        self.kernel.edit(row, vector, c);
+        self.kernel.edit_ahead(row, vector, c, next);
         Outcome { status, dose, touched: true }
     }
 

@@ -1,4 +1,4 @@
-//! `cargo bench --bench kernels [-- --json] [-- --only NAME]`: the library against its peers and the machine's limits.
+//! `cargo bench --bench kernels [-- [--json] [--only NAME] [--width N]]`: the library against its peers and the machine's limits.
 //!
 //! Ours and the peer's are timed in turns in one run and compared by the median of their ratios, since machines are
 //! shared. Nothing is asserted here: a benchmark prints.
@@ -13,8 +13,12 @@ use measure::Report;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let only = arguments.iter().position(|a| a == "--only").and_then(|at| arguments.get(at + 1)).cloned();
-    let report = Report::new(arguments.iter().any(|a| a == "--json"), only);
+    let after = |name: &str| {
+        let at = arguments.iter().position(|a| a == name)?;
+        arguments.get(at + 1).cloned()
+    };
+    let width = after("--width").map(|w| w.parse().expect("--width takes a number"));
+    let report = Report::new(arguments.iter().any(|a| a == "--json"), after("--only"), width);
     let blas = peers::Blas::load();
     match &blas {
         Some(blas) => report.note(&format!("BLAS: {}, one thread", blas.name)),

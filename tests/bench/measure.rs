@@ -23,7 +23,7 @@ pub struct Pair {
 
 /// A sample is repeated until it lasts this long, so that the clock's own cost does not show.
 const SAMPLE: Duration = Duration::from_micros(40);
-const PAIRS: usize = 201;
+const PAIRS: usize = 401;
 /// A pair of long samples is repeated until this much time has gone.
 const BUDGET: Duration = Duration::from_millis(2500);
 const FEWEST_PAIRS: usize = 9;
@@ -69,11 +69,15 @@ pub fn pair(units: usize, mut ours: impl FnMut(), mut peer: impl FnMut()) -> Pai
     Pair { ours: median(of_ours), peer: median(of_peer), ratio: median(ratios) }
 }
 
-/// The fastest of several ways to do the same work, by the best of three runs each.
-pub fn fastest(ways: &mut [(&'static str, &mut dyn FnMut())]) -> usize {
-    let best = |work: &mut dyn FnMut()| (0..3).map(|_| seconds(1, work)).fold(f64::INFINITY, f64::min);
-    let times: Vec<f64> = ways.iter_mut().map(|(_, work)| best(*work)).collect();
-    (0..times.len()).min_by(|a, b| times[*a].total_cmp(&times[*b])).expect("at least one way")
+/// Which of two ways to do the same work is the faster, by the best of many samples in turns.
+pub fn fastest(ways: [&mut dyn FnMut(); 2]) -> usize {
+    let mut best = [f64::INFINITY; 2];
+    for _ in 0..33 {
+        for at in 0..2 {
+            best[at] = best[at].min(seconds(1, ways[at]));
+        }
+    }
+    usize::from(best[1] < best[0])
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -84,11 +88,12 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// Prints lines as they come: a table, or one JSON object a line.
 pub struct Report {
     json: bool,
-    filter: Option<String>,
+    only: Option<String>,
+    width: Option<usize>,
 }
 
 impl Report {
-    pub fn new(json: bool, filter: Option<String>) -> Report {
+    pub fn new(json: bool, only: Option<String>, width: Option<usize>) -> Report {
         if !json {
             println!(
                 "times in ns per row (per call for files); ratio = median of ours/peer, below 1 is faster\n"
@@ -98,12 +103,17 @@ impl Report {
                 "name", "width", "dtype", "ours", "peer", "ratio"
             );
         }
-        Report { json, filter }
+        Report { json, only, width }
     }
 
     /// Whether a line of this name was asked for.
     pub fn wants(&self, name: &str) -> bool {
-        self.filter.as_ref().is_none_or(|f| name.contains(f.as_str()))
+        self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+    }
+
+    /// Whether lines of this width were asked for.
+    pub fn wants_width(&self, width: usize) -> bool {
+        self.width.is_none_or(|only| only == width)
     }
 
     pub fn line(&self, name: &str, width: usize, dtype: &'static str, peer_name: &str, pair: Pair) {

@@ -12,7 +12,7 @@ const WIDTHS: [usize; 7] = [576, 1536, 2048, 2304, 3072, 4096, 8192];
 const DIRECTIONS: usize = 8;
 
 pub fn run(report: &Report, blas: Option<&Blas>) {
-    for width in WIDTHS {
+    for width in WIDTHS.into_iter().filter(|w| report.wants_width(*w)) {
         one::<f32>(report, width);
         one::<f16>(report, width);
         one::<bf16>(report, width);
@@ -25,11 +25,39 @@ pub fn run(report: &Report, blas: Option<&Blas>) {
     }
 }
 
+/// Values at the start of a cache line, as tensors lie in every engine.
+struct Line<T> {
+    storage: Vec<T>,
+    start: usize,
+}
+
+impl<T: Copy + Default> Line<T> {
+    fn of(values: &[T]) -> Line<T> {
+        let mut storage = vec![T::default(); values.len() + 64];
+        let start = storage.as_ptr().align_offset(64);
+        storage.truncate(start + values.len());
+        storage[start..].copy_from_slice(values);
+        Line { storage, start }
+    }
+}
+
+impl<T> std::ops::Deref for Line<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.storage[self.start..]
+    }
+}
+
+/// A probe's direction in the row's dtype, as NumKong takes it.
+fn narrow<T: Peer>(probe: &Probe) -> Line<T> {
+    Line::of(&probe.unit_direction().iter().map(|u| T::from_f32(*u)).collect::<Vec<T>>())
+}
+
 /// The kernel alone, and the whole public call, against NumKong's dot product.
 fn one<T: Peer>(report: &Report, width: usize) {
     let probe = probe(width, 1);
-    let row = values::<T>(width, 2);
-    let direction: Vec<T> = probe.unit_direction().iter().map(|u| T::from_f32(*u)).collect();
+    let row = Line::<T>::of(&values(width, 2));
+    let direction = narrow::<T>(&probe);
     let kernel = Kernel::from_environment().expect("a kernel");
     let mut peer = || {
         black_box(T::dot(black_box(&row), black_box(&direction)));
@@ -37,7 +65,7 @@ fn one<T: Peer>(report: &Report, width: usize) {
     let dtype = T::DTYPE.as_str();
     if report.wants("dot") {
         let ours = || {
-            black_box(kernel.dot(black_box(&row[..]), black_box(probe.unit_direction())));
+            black_box(kernel.dot(black_box(&*row), black_box(probe.unit_direction())));
         };
         report.line("dot", width, dtype, "NumKong", pair(1, ours, &mut peer));
     }
@@ -52,7 +80,7 @@ fn score_row<T: Peer>(probe: &Probe, row: &[T]) {
     let (mut score, mut status) = ([0.0], [emaudit::RowStatus::Ok]);
     let view = Rows::new(row, 1, row.len(), row.len()).expect("one row");
     probe.score(&view, ScoreUnit::AlignedSd, &mut score, Some(&mut status)).expect("finite rows");
-    black_box((score, status));
+    black_box((&score, &status));
 }
 
 fn eight<T: Peer>(report: &Report, width: usize) {
@@ -60,14 +88,13 @@ fn eight<T: Peer>(report: &Report, width: usize) {
         return;
     }
     let probes: Vec<Probe> = (0..DIRECTIONS as u64).map(|k| probe(width, 10 + k)).collect();
-    let row = values::<T>(width, 2);
-    let narrow = |p: &Probe| p.unit_direction().iter().map(|u| T::from_f32(*u)).collect();
-    let directions: Vec<Vec<T>> = probes.iter().map(narrow).collect();
+    let row = Line::<T>::of(&values(width, 2));
+    let directions: Vec<Line<T>> = probes.iter().map(narrow).collect();
     let ours = || {
         let mut scores = [0.0; DIRECTIONS];
         let view = Rows::new(black_box(&row), 1, width, width).expect("one row");
         Probe::score_all(black_box(&probes), &view, ScoreUnit::AlignedSd, &mut scores, None).expect("finite");
-        black_box(scores);
+        black_box(&scores);
     };
     let peer = || {
         for direction in black_box(&directions) {
@@ -80,13 +107,14 @@ fn eight<T: Peer>(report: &Report, width: usize) {
 /// A BLAS multiplies f32 only; the eight directions are its matrix.
 fn against_blas(report: &Report, width: usize, blas: &Blas) {
     let probes: Vec<Probe> = (0..DIRECTIONS as u64).map(|k| probe(width, 10 + k)).collect();
-    let row = values::<f32>(width, 2);
+    let row = Line::<f32>::of(&values(width, 2));
     let matrix: Vec<f32> = probes.iter().flat_map(|p| p.unit_direction()).copied().collect();
+    let matrix = Line::of(&matrix);
     if report.wants("score_row") {
         let peer = || {
             let mut score = [0.0];
             blas.matrix_vector(black_box(&row), width, &matrix[..width], &mut score);
-            black_box(score);
+            black_box(&score);
         };
         let ours = || score_row(black_box(&probes[0]), black_box(&row));
         report.line("score_row", width, "f32", "BLAS sgemv", pair(1, ours, peer));
@@ -97,12 +125,12 @@ fn against_blas(report: &Report, width: usize, blas: &Blas) {
             let view = Rows::new(black_box(&row), 1, width, width).expect("one row");
             Probe::score_all(black_box(&probes), &view, ScoreUnit::AlignedSd, &mut scores, None)
                 .expect("finite");
-            black_box(scores);
+            black_box(&scores);
         };
         let peer = || {
             let mut scores = [0.0; DIRECTIONS];
             blas.matrix_vector(black_box(&matrix), width, &row, &mut scores);
-            black_box(scores);
+            black_box(&scores);
         };
         report.line("score_row_8", width, "f32", "BLAS sgemv", pair(1, ours, peer));
     }
