@@ -331,11 +331,12 @@ impl<'a> RowsMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().add(offset), self.layout.cols) }
     }
 
-    /// One row, to edit, and the one after it, to look at; that one is empty after the last row.
-    pub(crate) fn row_and_next<T: Element>(&mut self, row: usize) -> (&mut [T], &[T]) {
-        let next: &[T] = if row + 1 < self.layout.rows { self.as_rows().row(row + 1) } else { &[] };
+    /// One row, to edit, and a later one, to look at; that one is empty beyond the last row.
+    pub(crate) fn row_and_later<T: Element>(&mut self, row: usize, later: usize) -> (&mut [T], &[T]) {
+        assert!(row < later);
+        let later: &[T] = if later < self.layout.rows { self.as_rows().row(later) } else { &[] };
         // SAFETY: of lifetimes only: rows never overlap, and both borrows end with that of `self`.
-        let next = unsafe { std::slice::from_raw_parts(next.as_ptr(), next.len()) };
-        (self.row_mut(row), next)
+        let later = unsafe { std::slice::from_raw_parts(later.as_ptr(), later.len()) };
+        (self.row_mut(row), later)
     }
 }
