@@ -150,7 +150,7 @@ fn several_probes_are_refused_before_anything_is_written() {
     let (data, kinds) = (data::<f32>(3), available());
     let probes = [probe(kinds[0]), probe(kinds[0])];
     let rows = view(&data);
-    let mut scores = vec![7.0; 2 * ROWS];
+    let mut scores = [7.0; 2 * ROWS];
     let mut refused = |probes: &[Probe], length: usize, statuses: usize| {
         let mut status = vec![RowStatus::Gated; statuses];
         let scores = &mut scores[..length];

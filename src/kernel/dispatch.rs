@@ -72,12 +72,13 @@ impl TryFrom<u32> for KernelKind {
 /// - Row and direction must have the same length.
 pub(super) struct Ops<T> {
     pub dot: unsafe fn(&[T], &[f32], Ahead) -> f32,
-    pub dot_squares: unsafe fn(&[T], &[f32], Ahead) -> (f32, f32),
+    pub dot_squares: DotSquares<T>,
     pub dots: Dots<T>,
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
     pub edit: unsafe fn(&mut [T], &[f32], f32, Ahead),
 }
 
+type DotSquares<T> = unsafe fn(&[T], &[f32], Ahead) -> (f32, f32);
 /// Rows, directions, rows to come, and a result for each pair of the first two.
 type Dots<T> = unsafe fn(&[&[T]], &[&[f32]], &[&[T]], &mut [f32]);
 

@@ -123,7 +123,7 @@ impl Ahead {
     /// Cache lines for each block of `bytes`.
     #[inline(always)]
     fn lines(self, bytes: usize) -> usize {
-        if self.from.is_null() { 0 } else { (bytes / LINE >> self.shift).max(1) }
+        if self.from.is_null() { 0 } else { ((bytes / LINE) >> self.shift).max(1) }
     }
 
     /// Fetches what belongs to the block that begins `at` bytes into the pass.

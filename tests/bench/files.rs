@@ -49,8 +49,7 @@ fn open(report: &Report, width: usize, crypto: Option<&Crypto>) {
     // Opening by expected digest is one SHA-256 of the file and the opening, which is small beside it.
     let bytes = std::fs::read(&path).expect("readable");
     let expected_digest = Some(crypto.sha256(&bytes));
-    let options =
-        OpenOptions { mode: Mode::Mapped, verify: false, expected_digest, ..OpenOptions::default() };
+    let options = OpenOptions { mode: Mode::Mapped, verify: false, expected_digest };
     let ours = || drop(black_box(Directions::open(black_box(&path), &options).expect("it opens")));
     let peer = || {
         black_box(crypto.sha256(black_box(&bytes)));
