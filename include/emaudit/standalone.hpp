@@ -175,13 +175,15 @@ class Probe {
 
   /// Scores every row. One that holds a NaN or an infinity, or whose score would be one, gets a NaN and is flagged;
   /// the others are scored all the same, and the call returns non_finite.
-  Status score(const Rows &rows, float *scores, Unit unit = Unit::aligned_sd, RowStatus *row_status = nullptr) const noexcept {
+  Status score(const Rows &rows, float *scores, Unit unit = Unit::aligned_sd,
+               RowStatus *row_status = nullptr) const noexcept {
     if (unit != Unit::aligned_sd && unit != Unit::raw) return Status::invalid_argument;
     if (const Status status = detail::check_rows(rows, width()); status != Status::ok) return status;
     if (rows.rows > 0 && scores == nullptr) return Status::invalid_argument;
     return detail::for_dtype(rows.dtype, [&](auto dtype) {
       using T = decltype(dtype);
-      return each_row<T>(static_cast<const unsigned char *>(rows.data), rows, row_status, [&](auto *row, std::size_t i) {
+      const auto *first = static_cast<const unsigned char *>(rows.data);
+      return each_row<T>(first, rows, row_status, [&](const unsigned char *row, std::size_t i) {
         const Seen seen = look<T>(row);
         scores[i] = !seen.finite ? std::numeric_limits<float>::quiet_NaN() : unit == Unit::raw ? seen.raw : seen.z;
         return seen.finite;
@@ -201,7 +203,8 @@ class Probe {
     }
     return detail::for_dtype(rows.dtype, [&](auto dtype) {
       using T = decltype(dtype);
-      return each_row<T>(static_cast<unsigned char *>(rows.data), view, row_status, [&](auto *row, std::size_t i) {
+      auto *first = static_cast<unsigned char *>(rows.data);
+      return each_row<T>(first, view, row_status, [&](unsigned char *row, std::size_t i) {
         const double strength = how.strengths != nullptr ? double{how.strengths[i]} : 1.0;
         return edit<T>(row, static_cast<float>(strength * double{how.alpha}));
       });
@@ -284,7 +287,7 @@ class Directions {
     if (!std::filesystem::is_regular_file(path, failed)) return io;
     const std::uintmax_t size = std::filesystem::file_size(path, failed);
     if (failed) return io;
-    if (Error error = detail::check_size(size); error.status != Status::ok) return error;
+    if (Error error = detail::check_size(size)) return error;
     const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path.c_str(), "rb"), &std::fclose);
     if (file == nullptr) return io;
     std::vector<unsigned char> bytes(static_cast<std::size_t>(size) + 1);  // one more, to see a file that grows
@@ -296,7 +299,7 @@ class Directions {
   static Result<Directions> from_bytes(const void *data, std::size_t size, const OpenOptions &options = {}) {
     const auto *bytes = static_cast<const unsigned char *>(data);
     detail::Container file;
-    if (Error error = detail::read_container(bytes, size, file); error.status != Status::ok) return error;
+    if (Error error = detail::read_container(bytes, size, file)) return error;
     Directions out;
     out.verified_ = options.verify || options.expected_digest;
     if (out.verified_) out.digest_ = detail::sha256(bytes, size, size);
@@ -375,7 +378,8 @@ class Directions {
   Directions() = default;
 
   /// Rule 14; the tensors are sorted by layer, each direction before its mean.
-  static std::string read_values(const detail::Container &file, const unsigned char *bytes, detail::ManifestReader &to) {
+  static std::string read_values(const detail::Container &file, const unsigned char *bytes,
+                                 detail::ManifestReader &to) {
     if (file.tensors.size() != 2 * to.layers.size()) return "the tensors are of other layers than the manifest";
     for (std::size_t i = 0; i < file.tensors.size(); ++i) {
       const detail::Tensor &tensor = file.tensors[i];
@@ -387,7 +391,8 @@ class Directions {
       bool zero = true;
       for (std::uint64_t at = tensor.begin; at < tensor.end; at += 4) {
         const unsigned char *p = bytes + file.data_start + at;
-        const std::uint32_t word = std::uint32_t{p[0]} | std::uint32_t{p[1]} << 8 | std::uint32_t{p[2]} << 16 | std::uint32_t{p[3]} << 24;
+        std::uint32_t word = 0;
+        for (std::size_t i = 4; i-- > 0;) word = word << 8 | p[i];
         values.push_back(detail::bits<float>(word));
         if (!detail::finite(values.back())) return name + " holds a NaN or an infinity";
         zero = zero && values.back() == 0;

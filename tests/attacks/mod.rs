@@ -74,6 +74,12 @@ fn structure() -> Vec<Attack> {
     huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     let mut not_utf8 = sound.bytes();
     not_utf8[20] = 0xff;
+    // Each is a way to write a character that no UTF-8 has: a surrogate, NUL in two bytes, one beyond U+10FFFF.
+    let odd = |bytes: &[u8]| {
+        let mut file = sound.bytes();
+        file[20..20 + bytes.len()].copy_from_slice(bytes);
+        file
+    };
     let with = |text: String| sound.bytes_with_header(text);
     let twice =
         header.replace("\"__metadata__\":", "\"__metadata__\":{\"emaudit.format\":\"1\"},\"__metadata__\":");
@@ -99,6 +105,10 @@ fn structure() -> Vec<Attack> {
         raw("a header longer than the file", promise, Truncated, "1048584 bytes are needed"),
         raw("a header of 2^64 - 1 bytes", huge, Malformed, "the most allowed is 16777216"),
         raw("a header that is not UTF-8", not_utf8, Malformed, "not UTF-8 at its byte 12"),
+        raw("a surrogate in UTF-8", odd(b"\xed\xa0\x80"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a NUL in two bytes", odd(b"\xc0\x80"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a character beyond Unicode", odd(b"\xf4\x90\x80\x80"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a character cut short", odd(b"\xe2\x82"), Malformed, "not UTF-8 at its byte 12"),
         raw(
             "white space before the header",
             with(format!(" {header}")),

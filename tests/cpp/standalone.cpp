@@ -18,7 +18,9 @@ class Script {
     const std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(path, "rb"), &std::fclose);
     if (file == nullptr) std::abort();
     unsigned char buffer[1 << 16];
-    while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, file.get())) bytes_.insert(bytes_.end(), buffer, buffer + n);
+    while (const std::size_t n = std::fread(buffer, 1, sizeof buffer, file.get())) {
+      bytes_.insert(bytes_.end(), buffer, buffer + n);
+    }
   }
 
   bool more() const { return at_ < bytes_.size(); }
@@ -72,8 +74,8 @@ std::uint64_t fingerprint(const std::vector<float> &values) {
 void describe(const Directions &directions) {
   const Model &model = directions.model();
   std::printf("0 %d %s %s %u %u %u %s %s %s %s %u", directions.verified(), detail::hex(directions.digest()).c_str(),
-              model.architecture.c_str(), model.hidden_size, model.n_layers, model.vocab_size, model.tokenizer_digest.c_str(),
-              model.weights_digest.c_str(), model.quantization.c_str(), model.name.c_str(), number(model.site));
+              model.architecture.c_str(), model.hidden_size, model.n_layers, model.vocab_size,
+              model.tokenizer_digest.c_str(), model.weights_digest.c_str(), model.quantization.c_str(), model.name.c_str(), number(model.site));
   for (const Layer &layer : directions.layers()) {
     std::printf(" layer %u %u%u %016" PRIx64 " %u", layer.layer, number(directions.causal_at(layer.layer)),
                 number(directions.content_at(layer.layer)), bits(layer.sigma), layer.sequences);
@@ -127,7 +129,8 @@ void score(Script &script, const Probe &probe) {
   Matrix m(script);
   std::vector<float> scores(m.rows);
   std::vector<RowStatus> statuses(m.rows);
-  const Status status = probe.score({m.data.data(), m.dtype, m.rows, m.cols, m.stride}, scores.data(), unit, statuses.data());
+  const Rows rows{m.data.data(), m.dtype, m.rows, m.cols, m.stride};
+  const Status status = probe.score(rows, scores.data(), unit, statuses.data());
   print_statuses(status, statuses);
   for (float each : scores) std::printf(" %08" PRIx32, bits(each));
   std::printf("\n");

@@ -67,7 +67,8 @@ fn calibration(random: &mut Random) -> Calibration {
     for statistic in statistics.into_iter().take(random.below(4)) {
         for horizon in [7, 1, 3] {
             for rate in [0.05, 0.01] {
-                let z = f64::from(random.signed()) * 0.5 + if rate < 0.02 { 2.0 } else { 1.0 };
+                // An f32, so that a score can equal it.
+                let z = f64::from(random.signed() * 0.5 + if rate < 0.02 { 2.0 } else { 1.0 });
                 let (rate_upper, sequences) = (rate * 2.0, 500);
                 thresholds.push(Threshold { statistic, horizon, rate, rate_upper, z, sequences });
             }
@@ -134,6 +135,15 @@ fn forged() -> Vec<(String, Vec<u8>)> {
     text("nothing optional", minimal().to_string(), &mut add);
     text("nulls", plain.replace("\"top_dimension_share\":0.25", "\"top_dimension_share\":null"), &mut add);
     files
+}
+
+/// A small file with that name for its model, sound or not.
+pub fn named(name: &str) -> Vec<u8> {
+    let mut manifest = minimal();
+    manifest["model"]["name"] = name.into();
+    let mut forge = Forge::sound();
+    forge.set_metadata("emaudit.manifest", &quoted(&manifest.to_string()));
+    forge.bytes()
 }
 
 /// The sample with all that may be absent left out.

@@ -39,7 +39,9 @@ class Sha256 {
       update(&byte, 1);
     }
     Digest digest{};
-    for (std::size_t i = 0; i < 32; ++i) digest[i] = static_cast<std::uint8_t>(state_[i / 4] >> (24 - 8 * (i % 4)) & 0xff);
+    for (std::size_t i = 0; i < 32; ++i) {
+      digest[i] = static_cast<std::uint8_t>(state_[i / 4] >> (24 - 8 * (i % 4)) & 0xff);
+    }
     return digest;
   }
 
@@ -177,7 +179,7 @@ inline Error check_version(const std::optional<std::string> &format, const std::
 inline Error check_tensors(const std::vector<Entry> &entries, std::uint64_t start, std::uint64_t size, Container &out) {
   for (const Entry &entry : entries) {
     Tensor tensor{entry.begin, entry.end};
-    if (!read_name(entry.name, tensor)) return malformed("a tensor is not `layer.N.direction` or `layer.N.aligned_mean`");
+    if (!read_name(entry.name, tensor)) return malformed("a tensor is neither `direction` nor `aligned_mean` of a layer");
     const bool holds = entry.dtype == "F32" && entry.shape.size() == 1 && entry.shape[0] >= 1 &&
                        entry.shape[0] <= UINT64_MAX / 4 && entry.begin <= entry.end &&
                        entry.end - entry.begin == 4 * entry.shape[0];
@@ -211,7 +213,7 @@ inline Error check_size(std::uint64_t size) {
 
 /// Reads everything but the values of the tensors and the meaning of the manifest.
 inline Error read_container(const unsigned char *bytes, std::size_t size, Container &out) {
-  if (Error error = check_size(size); error.status != Status::ok) return error;
+  if (Error error = check_size(size)) return error;
   if (size > 8 && bytes[8] != '{') return {Status::not_a_direction_file, "not an emaudit direction file: no header"};
   if (size < 8) return truncated(8, size);
   std::uint64_t length = 0;
@@ -238,10 +240,10 @@ inline Error read_container(const unsigned char *bytes, std::size_t size, Contai
     entries.push_back(std::move(entry));
   }
   const auto meta = [&](std::string_view key) { return text_of(member(metadata, key)); };
-  if (Error error = check_version(meta("emaudit.format"), meta("emaudit.requires")); error.status != Status::ok) return error;
+  if (Error error = check_version(meta("emaudit.format"), meta("emaudit.requires"))) return error;
   out.data_start = 8 + header.size();
   if (out.data_start % 64 != 0) return malformed("the data does not start at a multiple of 64");
-  if (Error error = check_tensors(entries, out.data_start, size - out.data_start, out); error.status != Status::ok) return error;
+  if (Error error = check_tensors(entries, out.data_start, size - out.data_start, out)) return error;
   const std::string_view key = "\"emaudit.content_sha256\":\"";
   const std::size_t at = header.find(key);
   out.stated = meta("emaudit.content_sha256").value_or("");

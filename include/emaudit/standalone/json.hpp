@@ -30,8 +30,8 @@ inline bool finite(double value) noexcept { return std::fabs(value) <= std::nume
 inline std::int32_t code_point(std::string_view text, std::size_t &at) noexcept {
   const auto byte = [&](std::size_t i) { return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u; };
   const std::uint32_t first = byte(at);
-  const std::size_t more = first < 0x80 ? 0 : first < 0xc2 ? 9 : first < 0xe0 ? 1 : first < 0xf0 ? 2 : first < 0xf5 ? 3 : 9;
-  if (more == 9) return -1;
+  if ((first >= 0x80 && first < 0xc2) || first > 0xf4) return -1;
+  const std::size_t more = first < 0x80 ? 0 : first < 0xe0 ? 1 : first < 0xf0 ? 2 : 3;
   std::uint32_t value = more == 0 ? first : first & (0x3fu >> more);
   for (std::size_t i = 1; i <= more; ++i) {
     if ((byte(at + i) & 0xc0) != 0x80) return -1;
@@ -163,7 +163,8 @@ class JsonChecker {
     } while (take(','));
     if (!take('}')) return fail("a `,` or `}` is missing");
     std::sort(keys.begin(), keys.end());
-    return std::adjacent_find(keys.begin(), keys.end()) == keys.end() ? true : fail("a key stands twice in the object that ends");
+    const bool unique = std::adjacent_find(keys.begin(), keys.end()) == keys.end();
+    return unique ? true : fail("a key stands twice in the object that ends");
   }
 
   bool array(int levels) {
@@ -200,9 +201,9 @@ class JsonChecker {
     std::int32_t unit = 0;
     for (std::size_t i = at; i < at + 4; ++i) {
       const char c = i < text.size() ? text[i] : '\0';
-      const int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-      if (digit < 0) return -1;
-      unit = unit << 4 | digit;
+      const std::size_t digit = std::string_view("0123456789abcdefABCDEF").find(c);
+      if (digit == std::string_view::npos) return -1;
+      unit = unit << 4 | static_cast<std::int32_t>(digit < 16 ? digit : digit - 6);
     }
     return unit;
   }

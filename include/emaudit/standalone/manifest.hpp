@@ -154,7 +154,9 @@ class ManifestReader {
       }
       layer.quantiles.push_back(quantile);
     }
-    for (Json item : array(calibration, "thresholds")) layer.thresholds.push_back(read_threshold(as_object(item, "thresholds")));
+    for (Json item : array(calibration, "thresholds")) {
+      layer.thresholds.push_back(read_threshold(as_object(item, "thresholds")));
+    }
     check_order(layer.thresholds);
     layers.push_back(std::move(layer));
   }
@@ -182,7 +184,8 @@ class ManifestReader {
     for (std::size_t i = 1; i < sorted.size(); ++i) {
       const Threshold &rare = sorted[i - 1], &common = sorted[i];
       if (place(rare) != place(common)) continue;
-      rule(rare.rate < common.rate && rare.z >= common.z, "thresholds", "one per rate, with a larger z for a rarer alarm");
+      const bool ordered = rare.rate < common.rate && rare.z >= common.z;
+      rule(ordered, "thresholds", "one per rate, with a larger z for a rarer alarm");
     }
   }
 
@@ -280,7 +283,8 @@ class ManifestReader {
       printable(pair[0], "datasets");
       digest(pair[1], "datasets");
     }
-    if (!without(from, "top_dimension_share")) between(member(from, "top_dimension_share"), "top_dimension_share", 0, 1);
+    const char *share = "top_dimension_share";
+    if (!without(from, share)) between(member(from, share), share, 0, 1);
   }
 };
 

@@ -32,9 +32,12 @@ enum class State : std::uint32_t { invalid = 0, pending = 1, clean = 2, flagged 
 
 using Digest = std::array<std::uint8_t, 32>;
 
+/// What went wrong; true where something did.
 struct Error {
   Status status = Status::ok;
   std::string message;
+
+  explicit operator bool() const noexcept { return status != Status::ok; }
 };
 
 /// A value or the reason why there is none; ask before taking the value.
