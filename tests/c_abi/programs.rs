@@ -149,11 +149,17 @@ fn headers_compile_alone() {
     }
 }
 
+/// Headers that need another project's headers; the tests of that binding compile them.
+const FOREIGN: [&str; 1] = ["llama_cpp.hpp"];
+
 #[test]
 fn every_noun_has_a_header_that_compiles_alone() {
     let mut count = 0;
     for entry in std::fs::read_dir(root().join("include/emaudit")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
+        if FOREIGN.contains(&name.as_str()) {
+            continue;
+        }
         let flags: &[&str] = if name == "dynamic.hpp" { &["-DEMAUDIT_DYNAMIC"] } else { &[] };
         include_alone(&format!("emaudit/{name}"), Standard::Cpp17, Family::System, flags);
         count += 1;
