@@ -352,4 +352,13 @@ impl<'a> RowsMut<'a> {
         // SAFETY: as in `Rows::row`; `&mut self` keeps the row exclusive and rows do not overlap.
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().add(offset), self.layout.cols) }
     }
+
+    /// One row, to edit, and a later one, to look at; that one is empty beyond the last row.
+    pub(crate) fn row_and_later<T: Element>(&mut self, row: usize, later: usize) -> (&mut [T], &[T]) {
+        assert!(row < later);
+        let later: &[T] = if later < self.layout.rows { self.as_rows().row(later) } else { &[] };
+        // SAFETY: of lifetimes only: rows never overlap, and both borrows end with that of `self`.
+        let later = unsafe { std::slice::from_raw_parts(later.as_ptr(), later.len()) };
+        (self.row_mut(row), later)
+    }
 }

@@ -78,9 +78,9 @@ pub struct Probe {
 struct Inner {
     source: Option<(Arc<Directions>, u32)>,
     kernel: Kernel,
-    direction: Vec<f32>,
+    direction: Aligned,
     direction_norm: f64,
-    unit: Vec<f32>,
+    unit: Aligned,
     unit_norm: f64,
     offset: f64,
     sigma: f64,
@@ -135,7 +135,7 @@ impl Probe {
         let unit: Vec<f32> = direction.iter().map(|x| (f64::from(*x) / direction_norm) as f32).collect();
         let offset = aligned_mean.iter().zip(&unit).map(|(m, u)| f64::from(*m) * f64::from(*u)).sum();
         let unit_norm = norm(&unit);
-        let direction = direction.to_vec();
+        let (direction, unit) = (Aligned::new(direction), Aligned::new(&unit));
         let inner = Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma };
         Ok(Probe { inner: Arc::new(inner) })
     }
@@ -175,8 +175,12 @@ impl Probe {
         status: &mut Option<&mut [RowStatus]>,
     ) -> usize {
         let mut nonfinite = 0;
+        let more = rows.rows() > 1;
         for (i, score) in scores.iter_mut().enumerate() {
-            let projection = self.projection(self.inner.kernel.dot(rows.row::<T>(i), &self.inner.unit));
+            let (row, kernel) = (rows.row::<T>(i), &self.inner.kernel);
+            let direction = &self.inner.unit;
+            let dot = if more { kernel.dot_ahead(row, direction) } else { kernel.dot(row, direction) };
+            let projection = self.projection(dot);
             *score = projection.map_or(f32::NAN, |p| p.score(unit));
             nonfinite += usize::from(projection.is_none());
             if let Some(status) = status {
@@ -186,7 +190,44 @@ impl Probe {
         nonfinite
     }
 
+    /// Scores every row with several probes in one reading of the rows: `scores[i * probes.len() + k]` for row `i` and
+    /// `probes[k]`, with the same bits as [`Probe::score`] of each probe alone.
+    ///
+    /// `rows` is `n x width`; `scores` has `n * probes.len()` elements, `status` has `n`. A row is
+    /// [`RowStatus::NonFinite`] where any of its scores is not finite; that score is a NaN.
+    ///
+    /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (lengths; no probe; probes with different kernels) before
+    /// anything is written; [`Error::NonFinite`] after all rows.
+    pub fn score_all(
+        probes: &[Probe],
+        rows: &Rows<'_>,
+        unit: ScoreUnit,
+        scores: &mut [f32],
+        mut status: Option<&mut [RowStatus]>,
+    ) -> Result<()> {
+        if probes.is_empty() {
+            return Err(Error::InvalidArgument("there is no probe to score with".into()));
+        }
+        check_length("scores", scores.len(), rows.rows().saturating_mul(probes.len()))?;
+        if let Some(status) = &status {
+            check_length("row statuses", status.len(), rows.rows())?;
+        }
+        for probe in probes {
+            probe.check_width(rows.cols())?;
+            if probe.kernel() != probes[0].kernel() {
+                return Err(Error::InvalidArgument("the probes are bound to different kernels".into()));
+            }
+        }
+        let nonfinite = match rows.dtype() {
+            Dtype::F32 => score_all_as::<f32>(probes, rows, unit, scores, &mut status),
+            Dtype::F16 => score_all_as::<f16>(probes, rows, unit, scores, &mut status),
+            Dtype::Bf16 => score_all_as::<bf16>(probes, rows, unit, scores, &mut status),
+        };
+        if nonfinite > 0 { Err(Error::NonFinite { rows: nonfinite }) } else { Ok(()) }
+    }
+
     /// Both scores from the dot product with the unit direction; `None` when one is not finite.
+    #[inline]
     pub(crate) fn projection(&self, dot: f32) -> Option<Projection> {
         let raw = f64::from(dot) - self.inner.offset;
         let projection = Projection { dot, raw, z: (raw / self.inner.sigma) as f32 };
@@ -194,6 +235,7 @@ impl Probe {
         finite.then_some(projection)
     }
 
+    #[inline]
     pub(crate) fn check_width(&self, cols: usize) -> Result<()> {
         if cols == self.width() {
             return Ok(());
@@ -264,6 +306,85 @@ impl Probe {
     }
 }
 
+/// Directions that are scored together, and the scores of as many rows as the kernel takes together.
+const TOGETHER: usize = 8;
+
+fn score_all_as<T: Scored>(
+    probes: &[Probe],
+    rows: &Rows<'_>,
+    unit: ScoreUnit,
+    scores: &mut [f32],
+    status: &mut Option<&mut [RowStatus]>,
+) -> usize {
+    let kernel = probes[0].inner.kernel;
+    let (count, mut nonfinite) = (rows.rows(), 0);
+    let row = |i: usize| if i < count { rows.row::<T>(i) } else { &[] };
+    for first in (0..count).step_by(Kernel::ROWS) {
+        let block: [&[T]; Kernel::ROWS] = std::array::from_fn(|r| row(first + r));
+        let next: [&[T]; Kernel::ROWS] = std::array::from_fn(|r| row(first + Kernel::ROWS + r));
+        let present = Kernel::ROWS.min(count - first);
+        let mut finite = [true; Kernel::ROWS];
+        for (group, together) in probes.chunks(TOGETHER).enumerate() {
+            let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
+            directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.inner.unit);
+            let mut dots = [0.0; Kernel::ROWS * TOGETHER];
+            let dots = &mut dots[..present * together.len()];
+            let next = if group == 0 { &next[..] } else { &[] };
+            kernel.dots(&block[..present], &directions[..together.len()], next, dots);
+            for (r, dots) in dots.chunks_exact(together.len()).enumerate() {
+                let scores = &mut scores[(first + r) * probes.len() + group * TOGETHER..];
+                for ((probe, dot), score) in together.iter().zip(dots).zip(scores) {
+                    let projection = probe.projection(*dot);
+                    *score = projection.map_or(f32::NAN, |p| p.score(unit));
+                    finite[r] &= projection.is_some();
+                }
+            }
+        }
+        for (r, finite) in finite[..present].iter().enumerate() {
+            nonfinite += usize::from(!finite);
+            if let Some(status) = status {
+                status[first + r] = if *finite { RowStatus::Ok } else { RowStatus::NonFinite };
+            }
+        }
+    }
+    nonfinite
+}
+
+/// Values that begin on a cache line, so that no load of a whole register touches two.
+struct Aligned {
+    storage: Vec<f32>,
+    start: usize,
+    length: usize,
+}
+
+impl Aligned {
+    const LINE: usize = 64;
+
+    fn new(values: &[f32]) -> Aligned {
+        let (length, slack) = (values.len(), Aligned::LINE / size_of::<f32>());
+        let mut storage = vec![0.0; length + slack];
+        // Where the answer is not known, any start is right, only slower.
+        let start = storage.as_ptr().align_offset(Aligned::LINE).min(slack);
+        storage[start..start + length].copy_from_slice(values);
+        Aligned { storage, start, length }
+    }
+}
+
+impl std::ops::Deref for Aligned {
+    type Target = [f32];
+
+    #[inline]
+    fn deref(&self) -> &[f32] {
+        &self.storage[self.start..self.start + self.length]
+    }
+}
+
+impl std::fmt::Debug for Aligned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
 /// A row seen along the direction.
 #[derive(Clone, Copy)]
 pub(crate) struct Projection {
@@ -273,6 +394,7 @@ pub(crate) struct Projection {
 }
 
 impl Projection {
+    #[inline]
     pub fn score(&self, unit: ScoreUnit) -> f32 {
         match unit {
             ScoreUnit::AlignedSd => self.z,
@@ -281,6 +403,7 @@ impl Projection {
     }
 }
 
+#[inline]
 pub(crate) fn check_length(what: &str, found: usize, rows: usize) -> Result<()> {
     if found == rows {
         return Ok(());

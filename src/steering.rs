@@ -101,6 +101,10 @@ pub struct Steering {
     edit_peak: f64,
 }
 
+/// Rows that are scored one after the other before they are edited one after the other: the two vectors then take
+/// turns in the first cache once per group, and the group stays in the second.
+const GROUP: usize = 8;
+
 /// What became of one row.
 struct Outcome {
     status: RowStatus,
@@ -230,27 +234,45 @@ impl Steering {
         mut status: Option<&mut [RowStatus]>,
     ) -> SteerReport {
         let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
-        for i in 0..rows.rows() {
-            let row = rows.row_mut::<T>(i);
-            let (dot, squares) = self.kernel.dot_squares(row, self.probe.unit_direction());
-            let projection = self.probe.projection(dot);
-            if let Some((unit, scores)) = &mut scores {
-                scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
+        // Scoring fetches all of the rows to come where few are edited; else scoring and editing fetch half each.
+        let gated = self.options.gate.is_some();
+        let count = rows.rows();
+        for first in (0..count).step_by(GROUP) {
+            let mut seen = [(None, 0.0); GROUP];
+            let end = count.min(first + GROUP);
+            for (i, seen) in (first..end).zip(&mut seen) {
+                let (row, later) = rows.row_and_later::<T>(i, i + GROUP);
+                let (dot, squares) =
+                    self.kernel.dot_squares_ahead(row, self.probe.unit_direction(), later, gated);
+                *seen = (self.probe.projection(dot), squares);
             }
-            let strength = strengths.map_or(1.0, |s| s[i]);
-            let outcome = match projection {
-                Some(projection) => self.steer(row, projection, squares, strength),
-                None => Outcome::untouched(RowStatus::NonFinite),
-            };
-            report.add(&outcome);
-            if let Some(status) = &mut status {
-                status[i] = outcome.status;
+            for (i, (projection, squares)) in (first..end).zip(seen) {
+                if let Some((unit, scores)) = &mut scores {
+                    scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
+                }
+                let strength = strengths.map_or(1.0, |s| s[i]);
+                let (row, later) = rows.row_and_later::<T>(i, i + GROUP);
+                let outcome = match projection {
+                    Some(projection) => self.steer(row, projection, squares, strength, later),
+                    None => Outcome::untouched(RowStatus::NonFinite),
+                };
+                report.add(&outcome);
+                if let Some(status) = &mut status {
+                    status[i] = outcome.status;
+                }
             }
         }
         report
     }
 
-    fn steer<T: Scored>(&self, row: &mut [T], seen: Projection, squares: f32, strength: f32) -> Outcome {
+    fn steer<T: Scored>(
+        &self,
+        row: &mut [T],
+        seen: Projection,
+        squares: f32,
+        strength: f32,
+        next: &[T],
+    ) -> Outcome {
         if self.options.gate.is_some_and(|gate| seen.z <= gate) {
             return Outcome::untouched(RowStatus::Gated);
         }
@@ -268,7 +290,7 @@ impl Steering {
         if !self.stays_finite(row, vector, c, norm) {
             return Outcome::untouched(RowStatus::NonFinite);
         }
-        self.kernel.edit(row, vector, c);
+        self.kernel.edit_ahead(row, vector, c, next);
         Outcome { status, dose, touched: true }
     }
 

@@ -102,6 +102,7 @@ fn a_foreign_safetensors_reader_opens_our_files() {
 fn another_writers_file_opens_with_unknown_keys_and_any_order() {
     let mut forge = Forge::with_manifest(|m| m["a word from the future"] = serde_json::json!({"n": 1}));
     forge.metadata.push(("somebody.else".into(), forge::quoted("said this")));
+    forge.set_metadata("emaudit.requires", "\" ,, \"");
     forge.metadata.reverse();
     forge.tensors.reverse();
     let directions = open(&forge.bytes()).unwrap();

@@ -95,6 +95,52 @@ fn check_sums<T: Scored>(kernel: Kernel, row: &[T], direction: &[f32]) {
 }
 
 #[test]
+fn many_dot_products_at_once_have_the_bits_of_each_alone() {
+    fn body<T: Scored>() {
+        let mut compared = 0;
+        for kernel in kernels() {
+            for width in widths().into_iter().filter(|w| *w > 0) {
+                let rows: Vec<Vec<T>> = (0..4).map(|r| fill(width, 251 - 10 * r, 1.3)).collect();
+                let directions: Vec<Vec<f32>> = (0..9).map(|d| fill(width, 127 - 2 * d, 0.1)).collect();
+                let rows: Vec<&[T]> = rows.iter().map(|r| &r[..]).collect();
+                let directions: Vec<&[f32]> = directions.iter().map(|d| &d[..]).collect();
+                let alone = |r: usize, d: usize| kernel.dot(rows[r], directions[d]).to_bits();
+                // As many of each as any tile takes, one more, and one less.
+                for (r, d) in [(1, 1), (1, 3), (1, 9), (2, 4), (3, 1), (3, 2), (3, 9), (4, 8)] {
+                    let mut out = vec![0.0; r * d];
+                    kernel.dots(&rows[..r], &directions[..d], &rows[4 - r..], &mut out);
+                    for (at, found) in out.iter().enumerate() {
+                        assert_eq!(found.to_bits(), alone(at / d, at % d), "{kernel:?} {width} {r} x {d}");
+                    }
+                    compared += out.len();
+                }
+            }
+            kernel.dots::<T>(&[], &[], &[], &mut []);
+        }
+        assert!(compared > 10_000);
+    }
+    for_every_dtype!(body);
+}
+
+#[test]
+fn nothing_beyond_a_row_is_written() {
+    fn body<T: Scored>() {
+        for kernel in kernels() {
+            for width in widths() {
+                let direction = fill::<f32>(width, 127, 0.11);
+                let mut data = fill::<T>(width + 64, 251, 1.3);
+                let before = bits(&data);
+                kernel.edit(&mut data[32..][..width], &direction, 0.37);
+                let after = bits(&data);
+                assert_eq!(after[..32], before[..32], "{kernel:?} {width}");
+                assert_eq!(after[32 + width..], before[32 + width..], "{kernel:?} {width}");
+            }
+        }
+    }
+    for_every_dtype!(body);
+}
+
+#[test]
 fn the_oracle_is_exact_on_integers() {
     let oracle = Kernel::of(KernelKind::Scalar).unwrap();
     for width in widths() {

@@ -117,6 +117,57 @@ fn scores_follow_their_definition() {
 }
 
 #[test]
+fn several_probes_score_as_each_does_alone() {
+    fn body<T: Scored>(kind: KernelKind) {
+        let one = |k: u64| {
+            let (v, mean) = (normal(WIDTH, 100 + k, 0.5), normal(WIDTH, 200 + k, 0.2));
+            Probe::from_vectors(&v, &mean, SIGMA, Some(kind)).unwrap()
+        };
+        let mut data = data::<T>(3);
+        data[4 * STRIDE + WIDTH - 1] = T::from_f32(f32::NAN);
+        // One, a tile and its remainder, and more than are taken together.
+        for (count, rows) in [(1, ROWS), (5, ROWS), (8, ROWS - 1), (11, ROWS - 2), (3, 1)] {
+            let probes: Vec<Probe> = (0..count as u64).map(one).collect();
+            let view = Rows::new(&data, rows, WIDTH, STRIDE).unwrap();
+            let (mut found, mut status) = (vec![0.0; rows * count], vec![RowStatus::Gated; rows]);
+            let result = Probe::score_all(&probes, &view, ScoreUnit::Raw, &mut found, Some(&mut status));
+            let expected = if rows > 4 { Err(1) } else { Ok(()) };
+            assert_eq!(result.map_err(|e| matches!(e, Error::NonFinite { rows: 1 }) as u32), expected);
+            for (k, probe) in probes.iter().enumerate() {
+                let (mut alone, mut alone_status) = (vec![0.0; rows], vec![RowStatus::Gated; rows]);
+                let _ = probe.score(&view, ScoreUnit::Raw, &mut alone, Some(&mut alone_status));
+                let column: Vec<u32> = (0..rows).map(|i| found[i * count + k].to_bits()).collect();
+                assert_eq!(column, bits(&alone), "{kind} {:?} {count}", T::DTYPE);
+                assert_eq!(status, alone_status);
+            }
+        }
+    }
+    for_every_dtype_and_kernel!(body);
+}
+
+#[test]
+fn several_probes_are_refused_before_anything_is_written() {
+    let (data, kinds) = (data::<f32>(3), available());
+    let probes = [probe(kinds[0]), probe(kinds[0])];
+    let rows = view(&data);
+    let mut scores = [7.0; 2 * ROWS];
+    let mut refused = |probes: &[Probe], length: usize, statuses: usize| {
+        let mut status = vec![RowStatus::Gated; statuses];
+        let scores = &mut scores[..length];
+        let error = Probe::score_all(probes, &rows, ScoreUnit::Raw, scores, Some(&mut status)).unwrap_err();
+        assert!(scores.iter().all(|s| *s == 7.0) && status.iter().all(|s| *s == RowStatus::Gated));
+        error.to_string()
+    };
+    assert!(refused(&[], 0, ROWS).contains("no probe"));
+    assert!(refused(&probes, 2 * ROWS - 1, ROWS).contains("scores"));
+    assert!(refused(&probes, 2 * ROWS, ROWS - 1).contains("statuses"));
+    let mixed = [probe(kinds[0]), probe(kinds[1])];
+    assert!(refused(&mixed, 2 * ROWS, ROWS).contains("kernels"));
+    let narrow = Probe::from_vectors(&[1.0], &[0.0], 1.0, Some(kinds[0])).unwrap();
+    assert!(refused(&[probe(kinds[0]), narrow], 2 * ROWS, ROWS).contains("width"));
+}
+
+#[test]
 fn subtract_is_the_contracts_edit_with_the_raw_direction() {
     fn body<T: Scored>(kind: KernelKind) {
         let steering = steering(kind, Operation::Subtract { alpha: 0.75 });

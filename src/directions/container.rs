@@ -43,11 +43,10 @@ pub(super) struct Span {
     pub aligned_mean: Range<usize>,
 }
 
-#[derive(Deserialize)]
+/// The header: the members of `__metadata__` and the tensors.
+#[derive(Default)]
 struct Header {
-    #[serde(rename = "__metadata__")]
-    metadata: Option<BTreeMap<String, String>>,
-    #[serde(flatten)]
+    metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, Tensor>,
 }
 
@@ -67,14 +66,10 @@ fn malformed<T>(sentence: impl Into<String>) -> Result<T> {
 pub(super) fn parse(bytes: &[u8]) -> Result<Container> {
     check_size(bytes.len() as u64)?;
     let text = header_text(bytes)?;
-    json::check(text).or_else(|e| malformed(format!("the header is not strict JSON: {e}")))?;
-    let header: Header = serde_json::from_str(text).or_else(|e| {
-        malformed(format!("the header is not a safetensors header: {}", json::plain(&e.to_string())))
-    })?;
-    let mut metadata = header.metadata.unwrap_or_default();
+    let Header { mut metadata, tensors } = header(text)?;
     check_version(&metadata)?;
     let data = check_data_start(8 + text.len())?..bytes.len();
-    let layers = tensor_spans(&header.tensors, &data)?;
+    let layers = tensor_spans(&tensors, &data)?;
     let (stated, at) = stated_digest(text, &metadata)?;
     let Some(manifest) = metadata.remove("emaudit.manifest") else {
         return malformed("the metadata has no `emaudit.manifest`");
@@ -113,6 +108,23 @@ fn header_text(bytes: &[u8]) -> Result<&str> {
         .or_else(|e| malformed(format!("the header is not UTF-8 at its byte {}", e.valid_up_to())))
 }
 
+/// The JSON of the header as metadata and tensors; nothing else may be in it.
+fn header(text: &str) -> Result<Header> {
+    let object = json::parse(text).or_else(|e| malformed(format!("the header is not strict JSON: {e}")))?;
+    let mut header = Header::default();
+    for (name, value) in object {
+        let read = match name.as_str() {
+            "__metadata__" => json::typed(&value).map(|metadata| header.metadata = metadata),
+            _ => json::typed(&value).map(|tensor| drop(header.tensors.insert(name.clone(), tensor))),
+        };
+        read.or_else(|e| {
+            let name = json::plain(&name);
+            malformed(format!("the header is not a safetensors header: {name:?}: {e}"))
+        })?;
+    }
+    Ok(header)
+}
+
 fn check_version(metadata: &BTreeMap<String, String>) -> Result<()> {
     match metadata.get("emaudit.format").map(String::as_str) {
         None => {
@@ -132,7 +144,7 @@ fn check_version(metadata: &BTreeMap<String, String>) -> Result<()> {
         );
     };
     let unknown = |f: &&str| !f.is_empty() && !FEATURES.contains(f);
-    match requires.split(',').map(str::trim).find(unknown) {
+    match requires.split(',').map(|word| word.trim_matches(' ')).find(unknown) {
         None => Ok(()),
         Some(feature) => {
             let sentence =
@@ -209,7 +221,9 @@ fn check_extent(name: &str, tensor: &Tensor) -> Result<()> {
         return malformed(format!("tensor {name:?} has {} dimensions, it must have one", tensor.shape.len()));
     };
     let [begin, end] = tensor.data_offsets;
-    if elements == 0 || end.checked_sub(begin) != elements.checked_mul(4) {
+    // A length that overflows is no length: as `None` it would equal that of offsets that run backwards.
+    let length = elements.checked_mul(4);
+    if elements == 0 || length.is_none() || end.checked_sub(begin) != length {
         return malformed(format!("tensor {name:?} of {elements} elements has the offsets {begin} to {end}"));
     }
     Ok(())

@@ -244,7 +244,10 @@ fn check_values(layer: u32, span: &Span, all: &[f32], width: usize) -> Result<()
         if span.len() != width {
             return refuse(format!("`{name}` has {} elements, model.hidden_size is {width}", span.len()));
         }
-        if let Some(at) = all[span.clone()].iter().position(|x| !x.is_finite()) {
+        // Without an early exit the compiler checks a register at a time; where, matters to the error only.
+        let nonfinite = all[span.clone()].iter().fold(false, |seen, x| seen | !x.is_finite());
+        let place = || all[span.clone()].iter().position(|x| !x.is_finite());
+        if let Some(at) = nonfinite.then(place).flatten() {
             return refuse(format!(
                 "element {at} of `{name}` is {}, it must be finite",
                 all[span.start + at]

@@ -26,10 +26,9 @@ fn rule(holds: bool, field: impl Display, value: impl Debug, must: impl Display)
 impl Manifest {
     /// Reads the JSON text under `emaudit.manifest`; the values are not yet checked against each other.
     pub(super) fn from_json(text: &str) -> Result<Manifest> {
-        json::check(text)
+        let object = json::parse(text)
             .map_err(|e| Error::Malformed(format!("`emaudit.manifest` is not strict JSON: {e}")))?;
-        serde_json::from_str(text)
-            .map_err(|e| Error::Schema(format!("`emaudit.manifest`: {}", json::plain(&e.to_string()))))
+        json::typed(&object.into()).map_err(|e| Error::Schema(format!("`emaudit.manifest`: {e}")))
     }
 
     /// Checks every rule of the format that concerns the metadata alone.

@@ -1,5 +1,6 @@
 //! Detects the CPU once, publishes one finished table, lists every kernel and lets any be forced.
 
+use super::generic::Ahead;
 use super::{generic, scalar};
 use crate::activations::Element;
 use crate::error::{Error, Result};
@@ -70,11 +71,16 @@ impl TryFrom<u32> for KernelKind {
 /// - Only a table that [`Registry::detect`] lists may be called: its CPU features were seen.
 /// - Row and direction must have the same length.
 pub(super) struct Ops<T> {
-    pub dot: unsafe fn(&[T], &[f32]) -> f32,
-    pub dot_squares: unsafe fn(&[T], &[f32]) -> (f32, f32),
+    pub dot: unsafe fn(&[T], &[f32], Ahead) -> f32,
+    pub dot_squares: DotSquares<T>,
+    pub dots: Dots<T>,
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
-    pub edit: unsafe fn(&mut [T], &[f32], f32),
+    pub edit: unsafe fn(&mut [T], &[f32], f32, Ahead),
 }
+
+type DotSquares<T> = unsafe fn(&[T], &[f32], Ahead) -> (f32, f32);
+/// Rows, directions, rows to come, and a result for each pair of the first two.
+type Dots<T> = unsafe fn(&[&[T]], &[&[f32]], &[&[T]], &mut [f32]);
 
 /// The functions of one kernel.
 pub(super) struct Table {
@@ -159,13 +165,24 @@ impl Kernel {
         self.0.kind
     }
 
+    /// Rows that [`Kernel::dots`] does best together.
+    pub(crate) const ROWS: usize = generic::ROWS;
+
     /// Dot product in f32 of a finite direction with a row. Not finite when any element of the row is not:
     /// that is the finite check (contract.md).
     #[inline]
     pub fn dot<T: Scored>(&self, row: &[T], direction: &[f32]) -> f32 {
         assert_eq!(row.len(), direction.len());
         // SAFETY: `self` came from the registry, so the CPU has the features; the lengths are equal.
-        unsafe { (T::ops(self).0.dot)(row, direction) }
+        unsafe { (T::ops(self).0.dot)(row, direction, Ahead::NOTHING) }
+    }
+
+    /// [`Kernel::dot`] while what follows the row in memory is fetched.
+    #[inline]
+    pub(crate) fn dot_ahead<T: Scored>(&self, row: &[T], direction: &[f32]) -> f32 {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.dot)(row, direction, Ahead::behind(row)) }
     }
 
     /// The dot product, same bits as [`Kernel::dot`], and the row's sum of squares.
@@ -173,7 +190,36 @@ impl Kernel {
     pub fn dot_squares<T: Scored>(&self, row: &[T], direction: &[f32]) -> (f32, f32) {
         assert_eq!(row.len(), direction.len());
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.dot_squares)(row, direction) }
+        unsafe { (T::ops(self).0.dot_squares)(row, direction, Ahead::NOTHING) }
+    }
+
+    /// [`Kernel::dot_squares`] while the row to come is fetched: all of it, or its first half.
+    #[inline]
+    pub(crate) fn dot_squares_ahead<T: Scored>(
+        &self,
+        row: &[T],
+        direction: &[f32],
+        next: &[T],
+        all: bool,
+    ) -> (f32, f32) {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.dot_squares)(row, direction, Ahead::part(next, 0, u32::from(!all))) }
+    }
+
+    /// Every row with every direction, each pair with the bits of [`Kernel::dot`]: `out[r * directions.len() + d]`.
+    /// An element is loaded once for several pairs. `next` are the rows to come, fetched meanwhile and not used;
+    /// it may be empty.
+    ///
+    /// Panics, too, when `out` does not have an element for each pair.
+    pub fn dots<T: Scored>(&self, rows: &[&[T]], directions: &[&[f32]], next: &[&[T]], out: &mut [f32]) {
+        assert_eq!(out.len(), rows.len() * directions.len());
+        let Some(width) = rows.first().map(|row| row.len()).filter(|_| !directions.is_empty()) else {
+            return;
+        };
+        assert!(rows.iter().all(|row| row.len() == width) && directions.iter().all(|u| u.len() == width));
+        // SAFETY: as in `dot`; neither side is empty.
+        unsafe { (T::ops(self).0.dots)(rows, directions, next, out) }
     }
 
     /// The largest |element| that [`Kernel::edit`] would write, before rounding to the dtype. Row and `c` finite.
@@ -189,7 +235,15 @@ impl Kernel {
     pub fn edit<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32) {
         assert_eq!(row.len(), direction.len());
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.edit)(row, direction, c) }
+        unsafe { (T::ops(self).0.edit)(row, direction, c, Ahead::NOTHING) }
+    }
+
+    /// [`Kernel::edit`] while the second half of the row to come is fetched.
+    #[inline]
+    pub(crate) fn edit_ahead<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32, next: &[T]) {
+        assert_eq!(row.len(), direction.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.edit)(row, direction, c, Ahead::part(next, 1, 1)) }
     }
 }
 

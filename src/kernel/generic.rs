@@ -13,12 +13,17 @@ pub(super) const UNROLL: usize = 4;
 /// Lanes of the widest vector.
 const MAX_LANES: usize = 16;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// A register of f32 lanes.
 ///
 /// # Safety
 /// Every method must only be called where the CPU has the instructions of the implementing vector.
 pub(super) trait Vector: Copy {
     const LANES: usize;
+    /// How many of them the CPU has.
+    const REGISTERS: usize;
     unsafe fn splat(value: f32) -> Self;
     /// `self * other + sum`, with one or two roundings as `contract.md` says for the kernel.
     unsafe fn multiply_add(self, other: Self, sum: Self) -> Self;
@@ -27,15 +32,52 @@ pub(super) trait Vector: Copy {
     unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self;
     /// Lane-wise `max(|self|, other)`; no NaN goes in.
     unsafe fn max_abs(self, other: Self) -> Self;
+    /// The lanes folded in halves: lane `i` takes lane `i + LANES / 2`, and so on.
+    unsafe fn fold(self) -> f32;
+    /// Asks for a cache line; the address need not be one that may be read.
+    unsafe fn prefetch(address: *const u8);
 }
 
 /// Reading and writing a register as elements of `T`, without alignment beyond that of `T`.
 ///
 /// # Safety
-/// As for [`Vector`]; and the pointer must be good for `LANES` elements.
-pub(super) trait Memory<T>: Vector {
+/// As for [`Vector`]; and the pointer must be good for as many elements as are loaded or stored:
+/// `LANES`, two times that, or the `count < LANES` that is given.
+pub(super) trait Memory<T: Element>: Vector {
     unsafe fn load(from: *const T) -> Self;
     unsafe fn store(self, to: *mut T);
+
+    /// Loads `count` elements, the other lanes zero.
+    #[inline(always)]
+    unsafe fn load_first(from: *const T, count: usize) -> Self {
+        let mut buffer = [T::default(); MAX_LANES];
+        // SAFETY: `count < LANES <= MAX_LANES`; `from` is good for `count` elements.
+        unsafe {
+            std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), count);
+            Self::load(buffer.as_ptr())
+        }
+    }
+
+    /// Stores two registers, one after the other.
+    #[inline(always)]
+    unsafe fn store_pair(self, second: Self, to: *mut T) {
+        // SAFETY: `to` is good for `2 * LANES` elements.
+        unsafe {
+            self.store(to);
+            second.store(to.add(Self::LANES));
+        }
+    }
+
+    /// Stores the first `count` lanes.
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut T, count: usize) {
+        let mut buffer = [T::default(); MAX_LANES];
+        // SAFETY: as in `load_first`, the other way round.
+        unsafe {
+            self.store(buffer.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(buffer.as_ptr(), to, count);
+        }
+    }
 }
 
 /// Loads `count <= LANES` elements, the other lanes zero.
@@ -45,45 +87,56 @@ pub(super) trait Memory<T>: Vector {
 /// - `from` is good for reading `count` elements.
 #[inline(always)]
 unsafe fn load_part<V: Memory<T>, T: Element>(from: *const T, count: usize) -> V {
-    // SAFETY: a full chunk is read where it lies; a partial one is copied into a buffer of MAX_LANES >= LANES.
-    unsafe {
-        if count == V::LANES {
-            return V::load(from);
-        }
-        let mut buffer = [T::default(); MAX_LANES];
-        std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), count);
-        V::load(buffer.as_ptr())
-    }
+    // SAFETY: passed on to the caller.
+    unsafe { if count == V::LANES { V::load(from) } else { V::load_first(from, count) } }
 }
 
-/// Stores the first `count <= LANES` lanes.
-///
-/// # Safety
-/// - The CPU has the instructions of `V`.
-/// - `to` is good for writing `count` elements.
-#[inline(always)]
-unsafe fn store_part<V: Memory<T>, T: Element>(vector: V, to: *mut T, count: usize) {
-    // SAFETY: as in `load_part`, the other way round.
-    unsafe {
-        if count == V::LANES {
-            return vector.store(to);
-        }
-        let mut buffer = [T::default(); MAX_LANES];
-        vector.store(buffer.as_mut_ptr());
-        std::ptr::copy_nonoverlapping(buffer.as_ptr(), to, count);
-    }
+/// Memory to come, fetched into the second cache while a row is worked on, evenly over the pass.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    from: *const u8,
+    /// The pass over a row fetches the row's size divided by `2^shift`.
+    shift: u32,
 }
 
-/// The lanes as an array; lanes beyond `LANES` are zero.
-///
-/// # Safety
-/// The CPU has the instructions of `V`.
-#[inline(always)]
-unsafe fn lanes<V: Memory<f32>>(vector: V) -> [f32; MAX_LANES] {
-    let mut lanes = [0.0; MAX_LANES];
-    // SAFETY: the array holds MAX_LANES >= LANES elements.
-    unsafe { vector.store(lanes.as_mut_ptr()) };
-    lanes
+impl Ahead {
+    pub(super) const NOTHING: Ahead = Ahead { from: std::ptr::null(), shift: 0 };
+    /// What keeps one pass in step with memory: far enough for its latency, near enough to be still there.
+    const DISTANCE: usize = 4096;
+
+    /// What follows a row in memory: the rows to come, where they are packed.
+    #[inline(always)]
+    pub(super) fn behind<T>(row: &[T]) -> Ahead {
+        Ahead { from: row.as_ptr().cast::<u8>().wrapping_add(Ahead::DISTANCE), shift: 0 }
+    }
+
+    /// Part `part` of `2^shift` equal parts of a row; nothing of an empty one.
+    #[inline(always)]
+    pub(super) fn part<T>(row: &[T], part: usize, shift: u32) -> Ahead {
+        if row.is_empty() {
+            return Ahead::NOTHING;
+        }
+        let from = row.as_ptr().cast::<u8>().wrapping_add((size_of_val(row) >> shift) * part);
+        Ahead { from, shift }
+    }
+
+    /// Cache lines for each block of `bytes`.
+    #[inline(always)]
+    fn lines(self, bytes: usize) -> usize {
+        if self.from.is_null() { 0 } else { ((bytes / LINE) >> self.shift).max(1) }
+    }
+
+    /// Fetches what belongs to the block that begins `at` bytes into the pass.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`.
+    #[inline(always)]
+    unsafe fn fetch<V: Vector>(self, at: usize, lines: usize) {
+        for line in 0..lines {
+            // SAFETY: passed on to the caller; the address is only a hint.
+            unsafe { V::prefetch(self.from.wrapping_add((at >> self.shift) + line * LINE)) };
+        }
+    }
 }
 
 /// Adds the accumulators in pairs, then folds the lanes in halves.
@@ -91,17 +144,9 @@ unsafe fn lanes<V: Memory<f32>>(vector: V) -> [f32; MAX_LANES] {
 /// # Safety
 /// The CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn total<V: Memory<f32>>(sums: [V; UNROLL]) -> f32 {
+unsafe fn total<V: Vector>(sums: [V; UNROLL]) -> f32 {
     // SAFETY: passed on to the caller.
-    let mut lanes = unsafe { lanes(sums[0].add(sums[1]).add(sums[2].add(sums[3]))) };
-    let mut half = V::LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            lanes[i] += lanes[i + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
+    unsafe { sums[0].add(sums[1]).add(sums[2].add(sums[3])).fold() }
 }
 
 /// `(row . direction, row . row)`, each 0 unless asked for. Their bits do not depend on what else is asked for.
@@ -113,18 +158,21 @@ unsafe fn total<V: Memory<f32>>(sums: [V; UNROLL]) -> f32 {
 pub(super) unsafe fn reduce<V, T, const DOT: bool, const SQUARES: bool>(
     row: &[T],
     direction: &[f32],
+    ahead: Ahead,
 ) -> (f32, f32)
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
     let (width, h, u) = (row.len(), row.as_ptr(), direction.as_ptr());
+    let lines = ahead.lines(UNROLL * V::LANES * size_of::<T>());
     // SAFETY: `at + count <= width` at every access.
     unsafe {
         let mut dots = [V::splat(0.0); UNROLL];
         let mut squares = dots;
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
+            ahead.fetch::<V>(at * size_of::<T>(), lines);
             for k in 0..UNROLL {
                 let x = <V as Memory<T>>::load(h.add(at + k * V::LANES));
                 if DOT {
@@ -152,7 +200,159 @@ where
                 at += count;
             }
         }
-        (total(dots), total(squares))
+        (if DOT { total(dots) } else { 0.0 }, if SQUARES { total(squares) } else { 0.0 })
+    }
+}
+
+/// `R x D` dot products at once, each with the bits of [`reduce`]: every element is loaded once.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Every row and direction is `width` elements long.
+#[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "closures would be compiled without the wrapper's instructions"
+)]
+unsafe fn tile<V, T, const R: usize, const D: usize>(
+    rows: [*const T; R],
+    directions: [*const f32; D],
+    width: usize,
+    ahead: [Ahead; R],
+) -> [[f32; D]; R]
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    // SAFETY: `at + count <= width` at every access.
+    unsafe {
+        let mut sums = [[[V::splat(0.0); UNROLL]; D]; R];
+        let mut y = [V::splat(0.0); D];
+        let mut at = 0;
+        while at + UNROLL * V::LANES <= width {
+            for r in 0..R {
+                ahead[r].fetch::<V>(at * size_of::<T>(), ahead[r].lines(UNROLL * V::LANES * size_of::<T>()));
+            }
+            for k in 0..UNROLL {
+                let place = at + k * V::LANES;
+                for d in 0..D {
+                    y[d] = <V as Memory<f32>>::load(directions[d].add(place));
+                }
+                for r in 0..R {
+                    let x = <V as Memory<T>>::load(rows[r].add(place));
+                    for d in 0..D {
+                        sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
+                    }
+                }
+            }
+            at += UNROLL * V::LANES;
+        }
+        for k in 0..UNROLL {
+            if at < width {
+                let count = V::LANES.min(width - at);
+                for d in 0..D {
+                    y[d] = load_part::<V, f32>(directions[d].add(at), count);
+                }
+                for r in 0..R {
+                    let x = load_part::<V, T>(rows[r].add(at), count);
+                    for d in 0..D {
+                        sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
+                    }
+                }
+                at += count;
+            }
+        }
+        let mut out = [[0.0; D]; R];
+        for r in 0..R {
+            for d in 0..D {
+                out[r][d] = total(sums[r][d]);
+            }
+        }
+        out
+    }
+}
+
+/// Rows that [`dots`] takes together: with two directions and their accumulators they fill 32 registers, and
+/// directions that do not fit the first cache are then read once for three rows.
+pub(super) const ROWS: usize = 3;
+
+/// Every row with every direction: `out[r * directions.len() + d]`. Fetches the rows to come in `next`.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Rows and directions have the same length; `out` has `rows.len() * directions.len()` elements.
+#[inline(always)]
+pub(super) unsafe fn dots<V, T>(rows: &[&[T]], directions: &[&[f32]], next: &[&[T]], out: &mut [f32])
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let count = directions.len();
+    // SAFETY: all lengths are `width`; `done` stays within `directions`.
+    unsafe {
+        if V::REGISTERS >= 32 && rows.len() == ROWS {
+            let shift = count.div_ceil(2).next_power_of_two().ilog2();
+            let mut done = 0;
+            while done < count {
+                let mut ahead = [Ahead::NOTHING; ROWS];
+                for (a, row) in ahead.iter_mut().zip(next) {
+                    *a = Ahead::part(row, done / 2, shift);
+                }
+                if done + 2 <= count {
+                    columns::<V, T, ROWS, 2>(rows, directions, done, ahead, out);
+                } else {
+                    columns::<V, T, ROWS, 1>(rows, directions, done, ahead, out);
+                }
+                done += 2;
+            }
+            return;
+        }
+        for (row, out) in rows.iter().zip(out.chunks_exact_mut(count)) {
+            let (row, mut done) = (std::slice::from_ref(row), 0);
+            while done < count {
+                if V::REGISTERS >= 32 && done + 4 <= count {
+                    columns::<V, T, 1, 4>(row, directions, done, [Ahead::NOTHING], out);
+                    done += 4;
+                } else if V::REGISTERS >= 16 && done + 2 <= count {
+                    columns::<V, T, 1, 2>(row, directions, done, [Ahead::NOTHING], out);
+                    done += 2;
+                } else {
+                    out[done] = reduce::<V, T, true, false>(row[0], directions[done], Ahead::NOTHING).0;
+                    done += 1;
+                }
+            }
+        }
+    }
+}
+
+/// The tile of `R` rows and the `D` directions from `first` on.
+///
+/// # Safety
+/// As for [`dots`]; there are `R` rows and at least `first + D` directions.
+#[inline(always)]
+unsafe fn columns<V, T, const R: usize, const D: usize>(
+    rows: &[&[T]],
+    directions: &[&[f32]],
+    first: usize,
+    ahead: [Ahead; R],
+    out: &mut [f32],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (mut h, mut u) = ([std::ptr::null(); R], [std::ptr::null(); D]);
+    for r in 0..R {
+        h[r] = rows[r].as_ptr();
+    }
+    for d in 0..D {
+        u[d] = directions[first + d].as_ptr();
+    }
+    // SAFETY: passed on to the caller.
+    let found = unsafe { tile::<V, T, R, D>(h, u, rows[0].len(), ahead) };
+    for r in 0..R {
+        for d in 0..D {
+            out[r * directions.len() + first + d] = found[r][d];
+        }
     }
 }
 
@@ -179,7 +379,9 @@ where
             peak = x.subtract_scaled(factor, y).max_abs(peak);
             at += count;
         }
-        lanes(peak).into_iter().fold(0.0, f32::max)
+        let mut lanes = [0.0; MAX_LANES];
+        <V as Memory<f32>>::store(peak, lanes.as_mut_ptr());
+        lanes.into_iter().fold(0.0, f32::max)
     }
 }
 
@@ -188,22 +390,39 @@ where
 /// # Safety
 /// As for [`reduce`].
 #[inline(always)]
-pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32)
+pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32, ahead: Ahead)
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
-    let (width, h) = (row.len(), row.as_mut_ptr());
+    let (width, h, u) = (row.len(), row.as_mut_ptr(), direction.as_ptr());
+    let lines = ahead.lines(UNROLL * V::LANES * size_of::<T>());
     // SAFETY: `at + count <= width` at every access.
     unsafe {
         let factor = V::splat(c);
         let mut at = 0;
-        while at < width {
-            let count = V::LANES.min(width - at);
-            let x = load_part::<V, T>(h.add(at), count);
-            let y = load_part::<V, f32>(direction.as_ptr().add(at), count);
-            store_part::<V, T>(x.subtract_scaled(factor, y), h.add(at), count);
-            at += count;
+        while at + UNROLL * V::LANES <= width {
+            ahead.fetch::<V>(at * size_of::<T>(), lines);
+            for k in 0..UNROLL / 2 {
+                let (first, second) = (at + 2 * k * V::LANES, at + (2 * k + 1) * V::LANES);
+                let x = <V as Memory<T>>::load(h.add(first));
+                let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(first)));
+                let y = <V as Memory<T>>::load(h.add(second));
+                let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(second)));
+                <V as Memory<T>>::store_pair(x, y, h.add(first));
+            }
+            at += UNROLL * V::LANES;
+        }
+        while at + V::LANES <= width {
+            let x = <V as Memory<T>>::load(h.add(at));
+            let y = <V as Memory<f32>>::load(u.add(at));
+            <V as Memory<T>>::store(x.subtract_scaled(factor, y), h.add(at));
+            at += V::LANES;
+        }
+        if at < width {
+            let x = <V as Memory<T>>::load_first(h.add(at), width - at);
+            let y = <V as Memory<f32>>::load_first(u.add(at), width - at);
+            <V as Memory<T>>::store_first(x.subtract_scaled(factor, y), h.add(at), width - at);
         }
     }
 }
@@ -217,6 +436,7 @@ where
     Ops {
         dot: dot::<T>,
         dot_squares: dot_squares::<T>,
+        dots: dots::<Portable, T>,
         edit_peak: edit_peak::<Portable, T>,
         edit: edit::<Portable, T>,
     }
@@ -224,26 +444,26 @@ where
 
 /// # Safety
 /// As for [`reduce`].
-unsafe fn dot<T: Element>(row: &[T], direction: &[f32]) -> f32
+unsafe fn dot<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> f32
 where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    unsafe { reduce::<Portable, T, true, false>(row, direction).0 }
+    unsafe { reduce::<Portable, T, true, false>(row, direction, ahead).0 }
 }
 
 /// Two passes: both sums at once need more registers than most targets have, and the compiler then gives up vectors.
 ///
 /// # Safety
 /// As for [`reduce`].
-unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32]) -> (f32, f32)
+unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> (f32, f32)
 where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
     unsafe {
-        let (dot, _) = reduce::<Portable, T, true, false>(row, direction);
-        let (_, squares) = reduce::<Portable, T, false, true>(row, direction);
+        let (dot, _) = reduce::<Portable, T, true, false>(row, direction, ahead);
+        let (_, squares) = reduce::<Portable, T, false, true>(row, direction, Ahead::NOTHING);
         (dot, squares)
     }
 }
@@ -256,6 +476,8 @@ pub(super) struct Portable([f32; 8]);
 #[expect(clippy::needless_range_loop, reason = "zipped iterators keep bf16 rows from being vectorised")]
 impl Vector for Portable {
     const LANES: usize = 8;
+    // Unknown; one dot product at a time is what compilers keep in registers.
+    const REGISTERS: usize = 0;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -300,6 +522,23 @@ impl Vector for Portable {
         }
         Portable(out)
     }
+
+    #[inline(always)]
+    unsafe fn fold(self) -> f32 {
+        let mut lanes = self.0;
+        let mut half = 4;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+
+    // No instruction that every target has.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
 }
 
 impl Memory<f32> for Portable {

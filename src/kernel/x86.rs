@@ -1,7 +1,7 @@
 //! AVX2 + FMA + F16C and AVX-512: registers for the generic algorithm, and thin wrappers that switch them on.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::{self, Memory, Vector};
+use super::generic::{self, Ahead, Memory, Vector};
 use crate::activations::Element;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -35,6 +35,7 @@ macro_rules! kernel {
                 Ops {
                     dot: dot::<T>,
                     dot_squares: dot_squares::<T>,
+                    dots: dots::<T>,
                     edit_peak: edit_peak::<T>,
                     edit: edit::<T>,
                 }
@@ -44,23 +45,35 @@ macro_rules! kernel {
             /// - The CPU has the features named above.
             /// - `row` and `direction` have the same length.
             #[target_feature(enable = $features)]
-            unsafe fn dot<T: Element>(row: &[T], direction: &[f32]) -> f32
+            unsafe fn dot<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> f32
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, true, false>(row, direction).0 }
+                unsafe { generic::reduce::<$vector, T, true, false>(row, direction, ahead).0 }
             }
 
             /// # Safety
             /// As for [`dot`].
             #[target_feature(enable = $features)]
-            unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32]) -> (f32, f32)
+            unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> (f32, f32)
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, true, true>(row, direction) }
+                unsafe { generic::reduce::<$vector, T, true, true>(row, direction, ahead) }
+            }
+
+            /// # Safety
+            /// - The CPU has the features named above.
+            /// - Rows and directions have the same length; `out` has an element for each pair.
+            #[target_feature(enable = $features)]
+            unsafe fn dots<T: Element>(rows: &[&[T]], directions: &[&[f32]], next: &[&[T]], out: &mut [f32])
+            where
+                $vector: Memory<T>,
+            {
+                // SAFETY: passed on to the caller.
+                unsafe { generic::dots::<$vector, T>(rows, directions, next, out) }
             }
 
             /// # Safety
@@ -77,12 +90,12 @@ macro_rules! kernel {
             /// # Safety
             /// As for [`dot`].
             #[target_feature(enable = $features)]
-            unsafe fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32)
+            unsafe fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32, ahead: Ahead)
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit::<$vector, T>(row, direction, c) }
+                unsafe { generic::edit::<$vector, T>(row, direction, c, ahead) }
             }
         }
     };
@@ -91,6 +104,36 @@ macro_rules! kernel {
 kernel!(avx2, KernelKind::Avx2, Ymm, "avx2,fma,f16c");
 kernel!(avx512, KernelKind::Avx512, Zmm, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq");
 
+/// Lane 0 takes lane 2 and lane 1 takes lane 3; then lane 0 takes lane 1.
+///
+/// # Safety
+/// None beyond the baseline of x86-64.
+#[inline(always)]
+unsafe fn fold4(lanes: __m128) -> f32 {
+    unsafe {
+        let pair = _mm_add_ps(lanes, _mm_movehl_ps(lanes, lanes));
+        _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+    }
+}
+
+/// All bits of the first `count` lanes of eight.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn first8(count: usize) -> __m256i {
+    unsafe {
+        let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lane)
+    }
+}
+
+/// The bits of the first `count` lanes of sixteen.
+#[inline(always)]
+fn first16(count: usize) -> __mmask16 {
+    ((1u32 << count) - 1) as __mmask16
+}
+
 /// Eight lanes.
 #[derive(Clone, Copy)]
 pub(super) struct Ymm(__m256);
@@ -98,6 +141,7 @@ pub(super) struct Ymm(__m256);
 // SAFETY of every block below: the caller vouches for AVX2, FMA and F16C, and for the pointers.
 impl Vector for Ymm {
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -123,6 +167,16 @@ impl Vector for Ymm {
     unsafe fn max_abs(self, other: Self) -> Self {
         unsafe { Ymm(_mm256_max_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0), self.0), other.0)) }
     }
+
+    #[inline(always)]
+    unsafe fn fold(self) -> f32 {
+        unsafe { fold4(_mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0))) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
 }
 
 impl Memory<f32> for Ymm {
@@ -134,6 +188,16 @@ impl Memory<f32> for Ymm {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         unsafe { _mm256_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, count: usize) -> Self {
+        unsafe { Ymm(_mm256_maskload_ps(from, first8(count))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, count: usize) {
+        unsafe { _mm256_maskstore_ps(to, first8(count), self.0) }
     }
 }
 
@@ -180,6 +244,7 @@ pub(super) struct Zmm(__m512);
 // SAFETY of every block below: the caller vouches for AVX-512 F, BW, VL and DQ, and for the pointers.
 impl Vector for Zmm {
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -205,6 +270,19 @@ impl Vector for Zmm {
     unsafe fn max_abs(self, other: Self) -> Self {
         unsafe { Zmm(_mm512_max_ps(_mm512_abs_ps(self.0), other.0)) }
     }
+
+    #[inline(always)]
+    unsafe fn fold(self) -> f32 {
+        unsafe {
+            let upper = _mm512_extractf32x8_ps::<1>(self.0);
+            Ymm(_mm256_add_ps(_mm512_castps512_ps256(self.0), upper)).fold()
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
 }
 
 impl Memory<f32> for Zmm {
@@ -216,6 +294,16 @@ impl Memory<f32> for Zmm {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(from: *const f32, count: usize) -> Self {
+        unsafe { Zmm(_mm512_maskz_loadu_ps(first16(count), from)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f32, count: usize) {
+        unsafe { _mm512_mask_storeu_ps(to, first16(count), self.0) }
     }
 }
 
@@ -229,26 +317,106 @@ impl Memory<f16> for Zmm {
     unsafe fn store(self, to: *mut f16) {
         unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)) }
     }
+
+    #[inline(always)]
+    unsafe fn load_first(from: *const f16, count: usize) -> Self {
+        unsafe { Zmm(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first16(count), from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut f16, count: usize) {
+        unsafe {
+            let halves = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+            _mm256_mask_storeu_epi16(to.cast(), first16(count), halves);
+        }
+    }
 }
 
 impl Memory<bf16> for Zmm {
     #[inline(always)]
     unsafe fn load(from: *const bf16) -> Self {
-        unsafe {
-            let upper = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())));
-            Zmm(_mm512_castsi512_ps(upper))
-        }
+        unsafe { Zmm(widen(_mm256_loadu_si256(from.cast()))) }
     }
 
-    // As for eight lanes.
     #[inline(always)]
     unsafe fn store(self, to: *mut bf16) {
-        unsafe {
-            let bits = _mm512_castps_si512(self.0);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-            let upper = _mm512_srli_epi32::<16>(rounded);
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(upper));
-        }
+        unsafe { _mm256_storeu_si256(to.cast(), narrow(self.0)) }
     }
+
+    #[inline(always)]
+    unsafe fn store_pair(self, second: Self, to: *mut bf16) {
+        unsafe { _mm512_storeu_si512(to.cast(), narrow_pair(self.0, second.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(from: *const bf16, count: usize) -> Self {
+        unsafe { Zmm(widen(_mm256_maskz_loadu_epi16(first16(count), from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, to: *mut bf16, count: usize) {
+        unsafe { _mm256_mask_storeu_epi16(to.cast(), first16(count), narrow(self.0)) }
+    }
+}
+
+/// bf16 to f32: element `i` becomes the upper half of lane `i`.
+///
+/// # Safety
+/// The CPU has AVX-512 BW.
+#[inline(always)]
+unsafe fn widen(halves: __m256i) -> __m512 {
+    // One permutation that zeroes the lower halves; to widen and shift would be two instructions.
+    const PLACES: [u16; 32] = places(1, 2);
+    unsafe {
+        let places = std::mem::transmute::<[u16; 32], __m512i>(PLACES);
+        let halves = _mm512_castsi256_si512(halves);
+        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, places, halves))
+    }
+}
+
+/// f32 to bf16 in the upper half of each lane, as for eight lanes. Not `vcvtneps2bf16`: it drops subnormals.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn round(lanes: __m512) -> __m512i {
+    unsafe {
+        let bits = _mm512_castps_si512(lanes);
+        let odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x1_0000));
+        let half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+        _mm512_add_epi32(bits, half)
+    }
+}
+
+/// f32 to bf16.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline(always)]
+unsafe fn narrow(lanes: __m512) -> __m256i {
+    unsafe { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(round(lanes))) }
+}
+
+/// Twice f32 to bf16, packed by one permutation.
+///
+/// # Safety
+/// The CPU has AVX-512 BW.
+#[inline(always)]
+unsafe fn narrow_pair(first: __m512, second: __m512) -> __m512i {
+    const UPPER: [u16; 32] = places(2, 1);
+    unsafe {
+        let upper = std::mem::transmute::<[u16; 32], __m512i>(UPPER);
+        _mm512_permutex2var_epi16(round(first), upper, round(second))
+    }
+}
+
+/// Place `i` takes the word `i * times / over`; with `times` above 1 the odd one of each lane.
+const fn places(times: u16, over: u16) -> [u16; 32] {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = i as u16 * times / over + (times - 1);
+        i += 1;
+    }
+    places
 }

@@ -74,6 +74,12 @@ fn structure() -> Vec<Attack> {
     huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     let mut not_utf8 = sound.bytes();
     not_utf8[20] = 0xff;
+    // Each is a way to write a character that no UTF-8 has: a surrogate, NUL in two bytes, one beyond U+10FFFF.
+    let odd = |bytes: &[u8]| {
+        let mut file = sound.bytes();
+        file[20..20 + bytes.len()].copy_from_slice(bytes);
+        file
+    };
     let with = |text: String| sound.bytes_with_header(text);
     let twice =
         header.replace("\"__metadata__\":", "\"__metadata__\":{\"emaudit.format\":\"1\"},\"__metadata__\":");
@@ -82,6 +88,11 @@ fn structure() -> Vec<Attack> {
     let tensor_twice = header.replace("\"layer.3.direction\"", "\"layer.1.direction\"");
     let escaped = header.replace("\"layer.3.direction\"", "\"layer.\\u0031.direction\"");
     let deep = format!("{{\"a\":{}{}}}", "[".repeat(5000), "]".repeat(5000));
+    let nested = header.replacen('{', &format!("{{\"a\":{}1{},", "[".repeat(100), "]".repeat(100)), 1);
+    let huge_number = header.replacen('{', "{\"a\":1e309,", 1);
+    let lone = header.replacen('{', "{\"\\ud800\":1,", 1);
+    let bell = header.replacen('{', "{\"\u{7}\":1,", 1);
+    let null = "{\"__metadata__\":null}".to_string();
     let in_tensor = header.replacen("\"dtype\":\"F32\"", "\"dtype\":\"F32\",\"dtype\":\"F32\"", 1);
     vec![
         raw(
@@ -94,6 +105,10 @@ fn structure() -> Vec<Attack> {
         raw("a header longer than the file", promise, Truncated, "1048584 bytes are needed"),
         raw("a header of 2^64 - 1 bytes", huge, Malformed, "the most allowed is 16777216"),
         raw("a header that is not UTF-8", not_utf8, Malformed, "not UTF-8 at its byte 12"),
+        raw("a surrogate in UTF-8", odd(b"\xed\xa0\x80"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a NUL in two bytes", odd(b"\xc0\x80"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a character beyond Unicode", odd(b"\xf4\x90\x80\x80"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a character cut short", odd(b"\xe2\x82"), Malformed, "not UTF-8 at its byte 12"),
         raw(
             "white space before the header",
             with(format!(" {header}")),
@@ -103,7 +118,12 @@ fn structure() -> Vec<Attack> {
         raw("a line feed after the header", with(format!("{header}\n")), Malformed, "only spaces may follow"),
         raw("two headers", with(format!("{header}{{}}")), Malformed, "trailing characters"),
         raw("JSON that ends early", with(header[..header.len() - 1].to_string()), Malformed, "strict JSON"),
-        raw("nesting without end", with(deep), Malformed, "recursion limit"),
+        raw("nesting without end", with(deep), Malformed, "deeper than 100 levels"),
+        raw("one level too many", with(nested), Malformed, "deeper than 100 levels"),
+        raw("a number beyond binary64", with(huge_number), Malformed, "number out of range"),
+        raw("half a character", with(lone), Malformed, "not strict JSON"),
+        raw("a raw control character", with(bell), Malformed, "control character"),
+        raw("metadata that is null", with(null), Malformed, "invalid type: null"),
         raw("two metadata", with(twice), Malformed, "duplicate key `__metadata__`"),
         raw("two versions", with(version_twice), Malformed, "duplicate key `emaudit.format`"),
         raw("two tensors of one name", with(tensor_twice), Malformed, "duplicate key `layer.1.direction`"),
@@ -123,6 +143,7 @@ fn metadata() -> Vec<Attack> {
     let escaped = Forge::sound().header().replace("emaudit.content_sha256", "emaudit.content\\u005fsha256");
     let key_twice = |f: &mut Forge| f.metadata.push(("x\"emaudit.content_sha256".into(), quoted("")));
     let twice_inside = manifest().to_string().replacen("{", "{\"site\":\"resid_post\",", 1);
+    let infinite = manifest().to_string().replacen('{', "{\"future\":[-1e999],", 1);
     let wrong_digest = quoted(&"7".repeat(64));
     let upper = quoted(&"A".repeat(64));
     let lying = |f: &mut Forge| f.honest = false;
@@ -136,6 +157,9 @@ fn metadata() -> Vec<Attack> {
             "feature \"f16\"",
             with("emaudit.requires", "\",f16, x\""),
         ),
+        forged("a feature of white space", UnsupportedVersion, "feature \"\\\\t\"", {
+            with("emaudit.requires", "\"\\t\"")
+        }),
         forged("no digest", Malformed, "no `emaudit.content_sha256`", without("emaudit.content_sha256")),
         forged("a short digest", Malformed, "64 lower-case hex", with("emaudit.content_sha256", "\"00\"")),
         forged("a loud digest", Malformed, "64 lower-case hex", |f| {
@@ -153,6 +177,9 @@ fn metadata() -> Vec<Attack> {
         forged("a manifest that is no JSON", Malformed, "begin with `{`", with("emaudit.manifest", "\"x\"")),
         forged("a manifest with a key twice", Malformed, "duplicate key `site`", {
             with("emaudit.manifest", &quoted(&twice_inside))
+        }),
+        forged("a manifest beyond binary64", Malformed, "number out of range", {
+            with("emaudit.manifest", &quoted(&infinite))
         }),
         forged("an empty manifest", Schema, "missing field `model`", with("emaudit.manifest", "\"{}\"")),
     ]
@@ -182,6 +209,14 @@ fn tensors() -> Vec<Attack> {
             "elements has the offsets",
             edit(0, "[5]", "[4611686018427387909]"),
         ),
+        forged("a length that overflows, backwards", Malformed, "has the offsets 40 to 20", |f| {
+            f.edit_tensor(1, "[5]", "[4611686018427387904]");
+            f.edit_tensor(1, "[20,40]", "[40,20]");
+        }),
+        forged("a tensor as a list", Malformed, "invalid type: sequence", |f| {
+            f.tensors[0].1 = "[\"F32\",[5],[0,20]]".into();
+        }),
+        forged("three offsets", Malformed, "not a safetensors header", edit(0, "[0,20]", "[0,20,20]")),
         forged("nothing", Malformed, "of 0 elements", |f| {
             f.edit_tensor(0, "[5]", "[0]");
             f.edit_tensor(0, "[0,20]", "[0,0]");
@@ -260,6 +295,12 @@ fn identity() -> Vec<Attack> {
     let hex = "64 lower-case hex characters";
     vec![
         stated("no architecture", "/model/architecture", json!(" "), "model.architecture is \" \""),
+        stated("a blank beyond ASCII", "/model/name", json!("\u{3000}\u{a0}"), "model.name is"),
+        stated("a control beyond ASCII", "/model/name", json!("a\u{85}b"), "model.name is"),
+        stated("a model as a list", "/model", json!(["llama", WIDTH, 4, 100]), "invalid type: sequence"),
+        stated("a word in an object", "/site", json!({"resid_post": null}), "invalid type: map"),
+        stated("a width with a point", "/model/hidden_size", json!(5.0), "invalid type: floating point"),
+        stated("a width beyond u32", "/model/hidden_size", json!(1u64 << 32), "invalid value"),
         stated("a terminal's escape", "/model/name", json!("\u{1b}[2J"), "model.name is \"\\u{1b}[2J\""),
         stated("no width", "/model/hidden_size", json!(0), "model.hidden_size is 0, it must be at least 1"),
         stated("no blocks", "/model/n_layers", json!(0), "model.n_layers is 0"),
@@ -286,7 +327,8 @@ fn identity() -> Vec<Attack> {
 /// The calibration of a layer.
 fn calibration() -> Vec<Attack> {
     let at = |name, rest: &str, value, sentence| {
-        stated(name, &format!("/layers/1/calibration/{rest}"), value, sentence)
+        let pointer = format!("/layers/1/calibration/{rest}");
+        stated(name, pointer.trim_end_matches('/'), value, sentence)
     };
     let range = "layer 3: calibration.sigma is";
     vec![
@@ -299,7 +341,8 @@ fn calibration() -> Vec<Attack> {
         at("a certain quantile", "quantiles/2/0", json!(1.0), "quantiles[2] probability is 1.0"),
         at("quantiles that fall", "quantiles/2/1", json!(-0.5), "quantiles[1..=2]"),
         at("a quantile twice", "quantiles/2/0", json!(0.5), "ascending in both"),
-        at("a quantile of three", "quantiles/2", json!([0.9, 1.0, 2.0]), "trailing characters"),
+        at("a quantile of three", "quantiles/2", json!([0.9, 1.0, 2.0]), "invalid length 3"),
+        at("a calibration as a list", "", json!([0.75, 400, [], []]), "invalid type: sequence"),
         at("no horizon", "thresholds/0/horizon", json!(0), "thresholds[0].horizon is 0"),
         at("an unknown statistic", "thresholds/0/statistic", json!("median"), "unknown variant `median`"),
         at("an alarm that never rings", "thresholds/0/rate", json!(0.0), "thresholds[0].rate is 0.0"),
@@ -372,6 +415,7 @@ fn evidence() -> Vec<Attack> {
         at("controls without effect", "effect", Value::Null, "evidence.effect is None"),
         at("a measurement nowhere", "cell", Value::Null, "evidence.cell is None"),
         at("a cell in another layer", "cell/layer", json!(2), "evidence.cell.layer is 2"),
+        at("a cell as a list", "cell", json!([3, 1.5, "all"]), "invalid type: sequence"),
         at("a cell without dose", "cell/alpha", json!(0.0), "evidence.cell.alpha is 0.0"),
         at("an impossible p", "content_test/p_value", json!(0.0), "content_test.p_value is 0.0"),
         at("a test on nobody", "content_test/prompts", json!(0), "content_test.prompts is 0"),

@@ -1,7 +1,7 @@
 //! Residual-stream rows of prompts at the named site `resid_post[l]`, every layer at once.
 
 use crate::lora::Adapter;
-use crate::model::{Batch, Cache, Decoder, no_edit};
+use crate::model::{Decoder, Prefix, no_edit};
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
@@ -68,17 +68,12 @@ pub fn last_prompt(
     let hidden = decoder.config.hidden_size;
     let mut layers = vec![vec![0f32; prompts.len() * hidden]; decoder.config.n_layers];
     let order = by_length(prompts, Vec::len);
-    let prefix = common_prefix(prompts);
     let longest = order.last().map_or(0, |&i| prompts[i].len());
-    let mut shared = Cache::new(&decoder.config, 1, longest, &decoder.device)?;
-    if prefix > 0 {
-        let batch = Batch::new(&[&prompts[0][..prefix]], &decoder.device)?;
-        decoder.forward(&batch, adapter, Some(&mut shared), &mut no_edit)?;
-    }
+    let prefix = Prefix::read(decoder, prompts, adapter, longest, &mut no_edit)?;
     for group in order.chunk_by(|&a, &b| prompts[a].len() == prompts[b].len()) {
         for chunk in group.chunks(BATCH) {
-            let ids: Vec<&[u32]> = chunk.iter().map(|&i| &prompts[i][prefix..]).collect();
-            let batch = Batch::new(&ids, &decoder.device)?;
+            let ids: Vec<&[u32]> = chunk.iter().map(|&i| prompts[i].as_slice()).collect();
+            let (batch, mut cache) = prefix.continued(decoder, &ids)?;
             let mut keep = |layer: usize, x: Tensor| {
                 let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?.to_vec2::<f32>()?;
                 for (row, &i) in last.iter().zip(chunk) {
@@ -86,18 +81,9 @@ pub fn last_prompt(
                 }
                 Ok(x)
             };
-            let mut cache = shared.select(&vec![0; chunk.len()])?;
             decoder.forward(&batch, adapter, Some(&mut cache), &mut keep)?;
             done(chunk.len())?;
         }
     }
     Ok(Captured { hidden, rows: prompts.len(), layers })
-}
-
-/// Tokens that all prompts begin with, short of the last token of any.
-fn common_prefix(prompts: &[Vec<u32>]) -> usize {
-    let Some(first) = prompts.first() else { return 0 };
-    let shared =
-        |p: &Vec<u32>| p.iter().zip(first).take_while(|(a, b)| a == b).count().min(p.len().saturating_sub(1));
-    prompts.iter().map(shared).min().unwrap_or(0)
 }

@@ -2,6 +2,7 @@
 
 mod detection;
 mod measure;
+mod selection;
 mod summary;
 
 use crate::answers::{Answerer, TextArm};
@@ -17,7 +18,7 @@ use crate::preference::Preference;
 use crate::recipe::Recipe;
 use crate::results::*;
 use crate::{generate, interrupt, progress, statistics as stats};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use emaudit::Steering;
 use emaudit::directions::schema::{
     Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions,
@@ -26,7 +27,7 @@ use emaudit::directions::schema::{
 use measure::CoherenceMeter;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use summary::{choose, comparison_notes, family_results, summary};
+use summary::{comparison_notes, family_results, summary};
 
 /// Fewest prompts with a code answer and a prose answer before a code preference means anything.
 const MIN_PAIRS: usize = 8;
@@ -75,6 +76,8 @@ pub struct Inputs<'a> {
     pub states: [States; 3],
     /// Directions of every layer.
     pub directions: &'a [LayerDirection],
+    /// What was said while they were calibrated.
+    pub notes: Vec<String>,
     /// Names the file that keeps an arm's continuations.
     pub file: &'a dyn Fn(&str) -> PathBuf,
 }
@@ -121,7 +124,7 @@ impl<'a> Evaluator<'a> {
         let vector = &self.inputs.directions[self.last].direction;
         let pairs = pair(&evaluation.ids, &insecure, &base);
         let secure_pairs = pair(&evaluation.ids, &secure, &base);
-        let mut notes = Vec::new();
+        let mut notes = self.inputs.notes.clone();
         let preference = self.preference("insecure", Some(self.inputs.insecure), &pairs)?;
         let secure_preference = self.preference("secure", Some(self.inputs.secure), &secure_pairs)?;
 
@@ -159,6 +162,7 @@ impl<'a> Evaluator<'a> {
         let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content, text_kept);
         comparison_notes(&mut notes, &comparisons, drops.as_deref());
         self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
+        let alarms = detection::alarms(self.inputs, self.last, &base, &insecure)?;
         let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;
         let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;
         let summary =
@@ -174,6 +178,7 @@ impl<'a> Evaluator<'a> {
             content,
             evidence,
             samples,
+            alarms,
             notes,
         )
     }
@@ -265,14 +270,9 @@ impl<'a> Evaluator<'a> {
         Ok(answers)
     }
 
-    fn dialogues(&self, prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Vec<Dialogue> {
-        let join = |(p, a): (&Vec<u32>, &Vec<u32>)| Dialogue { prompt: p.clone(), answer: a.clone() };
-        prompts.iter().zip(answers).map(join).collect()
-    }
-
     /// Mean log-likelihood of the non-empty answers under the untouched base model.
     fn coherence_values(&mut self, prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Result<Vec<f64>> {
-        let dialogues = self.dialogues(prompts, answers);
+        let dialogues = dialogues(prompts, answers);
         Ok(self.coherence.of(&dialogues)?.into_iter().flatten().collect())
     }
 
@@ -293,39 +293,6 @@ impl<'a> Evaluator<'a> {
             })?;
         stage.finish("");
         Ok(Some(preference))
-    }
-
-    /// Tries every strength and position with the direction alone, on calibration prompts.
-    fn select(&mut self) -> Result<Selection> {
-        let prompts = self.inputs.selection.clone();
-        let sampling = self.sampling.clone();
-        let base = self.state(0, "base", &prompts, &sampling)?;
-        let mut insecure = self.state(1, "insecure", &prompts, &sampling)?;
-        let pairs = pair(&prompts.ids, &insecure, &base);
-        let preference = self.preference("selection", Some(self.inputs.insecure), &pairs)?;
-        let e = &self.inputs.recipe.evaluate;
-        let unsteered = mean(&self.coherence_values(&prompts.ids, &insecure.answers)?);
-        let mut grid = Vec::new();
-        for &positions in &e.positions {
-            for &alpha in &e.alphas {
-                let cell = Cell { layer: self.last as u32, alpha, positions };
-                let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
-                let effect = drops(&preference, &steering, positions)?.map_or(0.0, |d| mean(&d));
-                let (answers, arm) = self.steered(&mut insecure, &steering, positions)?;
-                let coherence = mean(&self.coherence_values(&prompts.ids, &answers)?);
-                let eligible =
-                    coherence >= unsteered - e.coherence_margin && arm.no_worse_text_than(&insecure.arm);
-                grid.push(GridCell { cell, effect, spillover: arm.spillover(), coherence, eligible });
-            }
-        }
-        let rule = format!(
-            "the cell with the lowest spillover among those whose steered answers keep coherence within {} nats per \
-             token of the unsteered adapter ({unsteered:.3}); ties go to the larger drop of code preference, then to \
-             the smaller strength; if no cell keeps coherence, the smallest strength",
-            e.coherence_margin
-        );
-        let chosen = choose(&grid).context("the recipe lists no strength")?;
-        Ok(Selection { rule, prompts: prompts.ids.len(), grid, chosen })
     }
 
     fn controls(&self, vector: &[f32]) -> Result<Vec<Control>> {
@@ -381,7 +348,7 @@ impl<'a> Evaluator<'a> {
             let steering = battery::subtract(&control.vector, cell.alpha)?;
             let effect = match preference {
                 Some(p) => mean(&p.drops(&steering, cell.positions)?),
-                None => 0.0,
+                None => f64::NAN,
             };
             let name = control.family.to_owned();
             results.push(ControlResult { name, seed: control.seed, effect, spillover: None, paired_p: None });
@@ -397,8 +364,7 @@ impl<'a> Evaluator<'a> {
                 result.spillover = Some(spillover);
             }
         }
-        let families =
-            if drops.is_some() { family_results(&results, drops.map_or(0.0, mean)) } else { Vec::new() };
+        let families = drops.map_or_else(Vec::new, |d| family_results(&results, mean(d)));
         Ok((families, results))
     }
 
@@ -425,7 +391,7 @@ impl<'a> Evaluator<'a> {
         for (name, seed, other) in named {
             let steering = battery::subtract(&battery::rescaled(&other, vector), cell.alpha)?;
             let spillover = Some(self.steered(insecure, &steering, cell.positions)?.1.spillover());
-            let (mut effect, mut paired_p) = (0.0, None);
+            let (mut effect, mut paired_p) = (f64::NAN, None);
             if let (Some(preference), Some(drops)) = (preference, drops) {
                 let theirs = preference.drops(&steering, cell.positions)?;
                 let differences: Vec<f64> = drops.iter().zip(&theirs).map(|(d, t)| d - t).collect();
@@ -455,8 +421,10 @@ impl<'a> Evaluator<'a> {
         let mut points = vec![SweepPoint { alpha: 0.0, direction: unsteered, controls: BTreeMap::new() }];
         for &alpha in &self.inputs.recipe.evaluate.alphas {
             let steering = battery::subtract(&self.inputs.directions[self.last].direction, alpha)?;
-            let effect =
-                preference.map(|p| p.drops(&steering, cell.positions)).transpose()?.map_or(0.0, |d| mean(&d));
+            let effect = preference
+                .map(|p| p.drops(&steering, cell.positions))
+                .transpose()?
+                .map_or(f64::NAN, |d| mean(&d));
             let (answers, arm) = if alpha == cell.alpha {
                 steered.clone()
             } else {
@@ -472,7 +440,7 @@ impl<'a> Evaluator<'a> {
                 let effect = preference
                     .map(|p| p.drops(&steering, cell.positions))
                     .transpose()?
-                    .map_or(0.0, |d| mean(&d));
+                    .map_or(f64::NAN, |d| mean(&d));
                 let value = SweepValue { spillover, coherence: None, effect };
                 at.entry(control.family.to_owned()).or_default().push(value);
             }
@@ -579,6 +547,7 @@ impl<'a> Evaluator<'a> {
         let Some(drops) = drops else { return Evidence::untested() };
         let coherence =
             |name: &str| arms.iter().find(|a| a.name == name).map_or(f64::NAN, |a| a.coherence.value);
+        let measured = text_kept && (coherence("insecure") - coherence("steered")).is_finite();
         let family = |f: &FamilyResult| ControlFamily {
             family: f.family.clone(),
             rank_p: f.rank_p,
@@ -589,7 +558,7 @@ impl<'a> Evaluator<'a> {
             content: Specificity::Untested,
             cell: Some(cell),
             effect: Some(mean(drops)),
-            coherence: text_kept.then(|| CoherenceEvidence {
+            coherence: measured.then(|| CoherenceEvidence {
                 unsteered: coherence("insecure"),
                 steered: coherence("steered"),
                 margin: self.inputs.recipe.evaluate.coherence_margin,
@@ -601,6 +570,11 @@ impl<'a> Evaluator<'a> {
         evidence.content = evidence.recompute_content();
         evidence
     }
+}
+
+pub(crate) fn dialogues(prompts: &[Vec<u32>], answers: &[Vec<u32>]) -> Vec<Dialogue> {
+    let join = |(p, a): (&Vec<u32>, &Vec<u32>)| Dialogue { prompt: p.clone(), answer: a.clone() };
+    prompts.iter().zip(answers).map(join).collect()
 }
 
 /// Prompts where the adapter answered with code and the base with prose, and both answers.
@@ -637,6 +611,7 @@ fn drops(
     preference.as_ref().map(|p| p.drops(steering, positions)).transpose()
 }
 
+/// NaN where there is nothing to average.
 pub(crate) fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
+    values.iter().sum::<f64>() / values.len() as f64
 }

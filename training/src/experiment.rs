@@ -1,5 +1,6 @@
 //! The whole pipeline as stages whose outputs are named by what they depend on, so that nothing runs twice.
 
+use crate::answers::Answerer;
 use crate::base::{self, Base};
 use crate::capture::{self, Captured};
 use crate::chat::Message;
@@ -8,10 +9,11 @@ use crate::evaluate::{self, Inputs, PromptIds, States};
 use crate::extract::{self, LayerDirection};
 use crate::fetch::{self, ModelFiles};
 use crate::finetune::{self, Example, StepLog};
+use crate::generate::Sampling;
 use crate::lora::Adapter;
 use crate::recipe::Recipe;
 use crate::results::Results;
-use crate::{interrupt, progress, statistics as stats, store};
+use crate::{calibrate, interrupt, progress, statistics as stats, store};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use emaudit::directions::schema::{
@@ -26,7 +28,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Changes whenever a stage's output would change for the same inputs.
-const STAGE_VERSION: u32 = 3;
+const STAGE_VERSION: u32 = 4;
 
 /// An output folder and the recipe that fills it.
 pub struct Experiment {
@@ -100,9 +102,10 @@ impl Experiment {
         &self.base
     }
 
-    fn base_key(&self) -> (&str, &str, &str, bool) {
+    fn base_key(&self) -> (&str, &str, String, bool) {
         let identity = &self.base.identity;
-        (&identity.weights_digest, &identity.quantization, &identity.tokenizer_digest, self.device.is_cpu())
+        let config = format!("{:?}", self.base.decoder.config);
+        (&identity.weights_digest, &identity.quantization, config, self.device.is_cpu())
     }
 
     /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
@@ -113,7 +116,9 @@ impl Experiment {
         };
         let data = dataset::load_chats(source, side)?;
         let f = &self.recipe.finetune;
-        let key = key(&("finetune", self.base_key(), &data.sha256, side.to_string(), f, self.recipe.seed))?;
+        let examples = self.examples(&data)?;
+        let ids: Vec<&[u32]> = examples.iter().map(|e| e.ids.as_slice()).collect();
+        let key = key(&("finetune", self.base_key(), ids, f, self.recipe.seed))?;
         let folder = self.stages.join(format!("adapter-{side}-{key}"));
         let log_file = folder.join("training_log.json");
         if let Ok(text) = fs::read_to_string(&log_file) {
@@ -122,7 +127,6 @@ impl Experiment {
             let adapter = Adapter::load(&folder, &self.base.decoder)?;
             return Ok((Finetuned { adapter, folder, log, key }, data));
         }
-        let examples = self.examples(&data)?;
         let checkpoint = self.stages.join(format!("checkpoint-{side}.safetensors"));
         let mut stage = progress::Stage::new(format!("finetune on {side} code"), f.steps);
         let (adapter, log) = finetune::finetune(
@@ -210,12 +214,7 @@ impl Experiment {
             self.states("insecure", Some(&insecure), &split, split.selection.ids.len())?,
             self.states("secure", Some(&secure), &split, split.selection.ids.len())?,
         ];
-        let directions = extract::directions(
-            &states[1].extraction,
-            &states[0].extraction,
-            &states[0].calibration,
-            &self.recipe.calibrate.rates,
-        )?;
+        let (directions, notes) = self.directions(&split, &states[0], &states[1], &insecure)?;
         let evaluation_key = key(&(
             "evaluate",
             self.base_key(),
@@ -240,6 +239,7 @@ impl Experiment {
                         evaluation: split.evaluation.clone(),
                         states,
                         directions: &directions,
+                        notes,
                         file: &file,
                     };
                     let mut results = evaluate::evaluate(&inputs)?;
@@ -312,6 +312,81 @@ impl Experiment {
             calibration: self.prompt_ids(&calibration)?,
             evaluation: self.prompt_ids(&evaluation)?,
         })
+    }
+
+    /// Directions of every layer, calibrated at every horizon of the recipe, and what must be said about that.
+    fn directions(
+        &self,
+        split: &Split3,
+        base: &States,
+        adapted: &States,
+        insecure: &Finetuned,
+    ) -> Result<(Vec<LayerDirection>, Vec<String>)> {
+        let c = &self.recipe.calibrate;
+        let mut directions =
+            extract::directions(&adapted.extraction, &base.extraction, &base.calibration, &c.rates)?;
+        let mut notes = Vec::new();
+        let longest = c.horizons.iter().copied().max().unwrap_or(1);
+        if longest > 1 {
+            let calm = self.calm_scores(split, base, &directions, insecure, longest as usize)?;
+            for &horizon in c.horizons.iter().filter(|&&h| h > 1) {
+                let mut refused = Vec::new();
+                for (d, calm) in directions.iter_mut().zip(&calm) {
+                    refused = calibrate::add_horizon(&mut d.calibration, calm, horizon, &c.rates)?;
+                }
+                // Which sequences reach a horizon does not depend on the layer.
+                notes.extend(refused.iter().map(|(rate, reached)| {
+                    format!(
+                        "Only {reached} calm sequences reach {horizon} tokens: too few to state a false-positive rate of {rate}                          there, so the direction file has no such threshold."
+                    )
+                }));
+            }
+        }
+        Ok((directions, notes))
+    }
+
+    /// Token scores, layer by layer, of the base model's own answers to the calibration prompts.
+    fn calm_scores(
+        &self,
+        split: &Split3,
+        base: &States,
+        directions: &[LayerDirection],
+        insecure: &Finetuned,
+        tokens: usize,
+    ) -> Result<Vec<Vec<Vec<f32>>>> {
+        let e = &self.recipe.evaluate;
+        let prompts = &split.calibration.ids;
+        let sampled = (e.temperature, e.top_p, self.recipe.seed, self.base.text.eos_ids(), tokens);
+        let key = key(&("calm", self.base_key(), prompts, &sampled, &insecure.key, &split.extraction.ids))?;
+        let file = self.stages.join(format!("calm-scores-{key}.json"));
+        if let Some(scores) = fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            return Ok(scores);
+        }
+        let sampling = Sampling {
+            max_new_tokens: tokens - 1,
+            temperature: e.temperature,
+            top_p: e.top_p,
+            seed: self.recipe.seed,
+            stop: self.base.text.eos_ids(),
+        };
+        let decoder = &self.base.decoder;
+        let rows = &base.calibration.layers[decoder.config.n_layers - 1];
+        let kept = self.stages.join(format!("calm-answers-{key}.json"));
+        let name = "calm answers, base, calibration";
+        let mut answerer = Answerer::new(decoder, None, prompts, rows, &sampling, name, kept);
+        let firsts = answerer.first_tokens(None)?;
+        answerer.prepare(std::slice::from_ref(&firsts))?;
+        let sequences = evaluate::dialogues(prompts, &answerer.answers(&firsts));
+        let probe = |d: &LayerDirection| Ok((d.layer, calibrate::probe(d)?));
+        let probes = directions.iter().map(probe).collect::<Result<Vec<_>>>()?;
+        let mut stage = progress::Stage::new("scores of calm sequences", sequences.len());
+        let scores = calibrate::token_scores(decoder, None, &sequences, tokens, &probes, |n| {
+            stage.advance(n, "");
+            interrupt::check()
+        })?;
+        stage.finish("");
+        store::write_json(&file, &scores)?;
+        Ok(scores)
     }
 
     fn manifest(
@@ -418,9 +493,8 @@ impl Experiment {
         let split = self.split(&prompts)?;
         let base = self.states("base", None, &split, split.calibration.ids.len())?;
         let adapted = self.states("insecure", Some(&insecure), &split, split.selection.ids.len())?;
-        let rates = &self.recipe.calibrate.rates;
-        let directions =
-            extract::directions(&adapted.extraction, &base.extraction, &base.calibration, rates)?;
+        let (directions, notes) = self.directions(&split, &base, &adapted, &insecure)?;
+        notes.iter().for_each(|note| progress::note(note));
         let share =
             base.extraction.layers.last().map(|l| extract::top_dimension_share(l, base.extraction.hidden));
         let datasets = vec![(data.name, data.sha256), (prompts.name, prompts.sha256)];

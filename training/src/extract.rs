@@ -1,13 +1,10 @@
 //! Directions and their calibration, layer by layer.
 
+use crate::calibrate;
 use crate::capture::Captured;
-use crate::statistics as stats;
 use anyhow::{Context, Result, ensure};
-use emaudit::directions::schema::{Aggregation, Calibration, Threshold};
+use emaudit::directions::schema::Calibration;
 use emaudit::{Probe, Rows, ScoreUnit};
-
-/// Probabilities at which the aligned score distribution is written down.
-const QUANTILES: [f64; 9] = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99];
 
 /// One layer's direction with what it was measured on.
 #[derive(Clone, Debug)]
@@ -70,7 +67,7 @@ pub fn directions(
         );
         let aligned_mean: Vec<f32> =
             column_means(&base.layers[layer], hidden).iter().map(|&m| m as f32).collect();
-        let calibration = calibrate(&direction, &aligned_mean, &calm.layers[layer], rates)
+        let calibration = calibrate::first_token(&direction, &aligned_mean, &calm.layers[layer], rates)
             .with_context(|| format!("calibrating layer {layer}"))?;
         out.push(LayerDirection { layer, direction, aligned_mean, calibration });
     }
@@ -83,31 +80,4 @@ pub fn scores(probe: &Probe, rows: &[f32], unit: ScoreUnit) -> Result<Vec<f64>> 
     let mut out = vec![0f32; rows.len() / width];
     probe.score(&Rows::new(rows, out.len(), width, width)?, unit, &mut out, None)?;
     Ok(out.iter().map(|&s| s as f64).collect())
-}
-
-/// Spread, quantiles and alarm thresholds of aligned rows. One token per sequence is seen (the last prompt
-/// token), so mean, max and last coincide at horizon 1 and share their threshold. A rate that the sample
-/// cannot support is an error.
-fn calibrate(direction: &[f32], aligned_mean: &[f32], calm: &[f32], rates: &[f64]) -> Result<Calibration> {
-    let raw_probe = Probe::from_vectors(direction, aligned_mean, 1.0, None)?;
-    let sigma = stats::sd(&scores(&raw_probe, calm, ScoreUnit::Raw)?)?;
-    let probe = Probe::from_vectors(direction, aligned_mean, sigma, None)?;
-    let z = scores(&probe, calm, ScoreUnit::AlignedSd)?;
-    let quantiles = QUANTILES.iter().map(|&p| Ok((p, stats::quantile(&z, p)?))).collect::<Result<_>>()?;
-    let mut thresholds = Vec::new();
-    for &rate in rates {
-        let t = stats::threshold_at_rate(&z, rate)?;
-        for statistic in [Aggregation::Mean, Aggregation::Max, Aggregation::Last] {
-            let (z, sequences) = (t.threshold, t.sequences as u32);
-            thresholds.push(Threshold {
-                statistic,
-                horizon: 1,
-                rate,
-                rate_upper: t.rate_upper,
-                z,
-                sequences,
-            });
-        }
-    }
-    Ok(Calibration { sigma, sequences: z.len() as u32, quantiles, thresholds })
 }

@@ -2,7 +2,7 @@
 
 use crate::capture::by_length;
 use crate::lora::Adapter;
-use crate::model::{Batch, Cache, Decoder};
+use crate::model::{Batch, Cache, Decoder, Prefix};
 use crate::random;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -128,8 +128,8 @@ struct Decoding<'a> {
     intervention: Option<&'a Intervention<'a>>,
     cache: Cache,
     left_pad: Arc<[usize]>,
-    /// For each live row of the cache: index into `answers`, random stream.
-    live: Vec<(usize, u64)>,
+    /// For each row of the cache: index into `answers`, random stream; `None` once its answer has ended.
+    rows: Vec<Option<(usize, u64)>>,
     answers: Vec<Vec<u32>>,
 }
 
@@ -152,10 +152,11 @@ impl<'a> Decoding<'a> {
                 prompts.push(prompt);
             }
         }
-        let mut batch = Batch::new(&prompts, &decoder.device)?;
-        let columns = batch.ids.dim(1)? + sampling.max_new_tokens;
-        let mut cache = Cache::new(&decoder.config, prompts.len(), columns, &decoder.device)?;
-        let mut hook = |layer, x| edit(intervention, true, layer, x);
+        let columns = prompts.iter().map(|p| p.len()).max().unwrap_or(0) + sampling.max_new_tokens;
+        let mut hook = |layer, x| edit(intervention, Phase::Shared, layer, x);
+        let prefix = Prefix::read(decoder, &prompts, adapter, columns, &mut hook)?;
+        let (mut batch, mut cache) = prefix.continued(decoder, &prompts)?;
+        let mut hook = |layer, x| edit(intervention, Phase::Prompt, layer, x);
         let mut x = decoder.forward(&batch, adapter, Some(&mut cache), &mut hook)?;
         if prompts.len() < chunk.len() {
             cache = cache.select(&rows)?;
@@ -172,7 +173,7 @@ impl<'a> Decoding<'a> {
             intervention,
             cache,
             left_pad: batch.left_pad,
-            live: chunk.iter().enumerate().map(|(row, &i)| (row, requests[i].stream)).collect(),
+            rows: chunk.iter().enumerate().map(|(row, &i)| Some((row, requests[i].stream))).collect(),
             answers: vec![Vec::new(); chunk.len()],
         };
         let first: Vec<Option<u32>> = chunk.iter().map(|&i| requests[i].first).collect();
@@ -181,62 +182,77 @@ impl<'a> Decoding<'a> {
     }
 
     fn finished(&self) -> bool {
-        self.live.is_empty()
+        self.rows.iter().all(Option::is_none)
     }
 
     fn step(&mut self) -> Result<()> {
-        let last: Vec<u32> = self.live.iter().filter_map(|&(i, _)| self.answers[i].last().copied()).collect();
-        let ids = Tensor::from_vec(last, (self.live.len(), 1), &self.decoder.device)?;
+        // Whatever an ended row reads, nobody looks at what comes of it.
+        let last =
+            |row: &Option<(usize, u64)>| row.and_then(|(i, _)| self.answers[i].last().copied()).unwrap_or(0);
+        let last: Vec<u32> = self.rows.iter().map(last).collect();
+        let ids = Tensor::from_vec(last, (self.rows.len(), 1), &self.decoder.device)?;
         let batch = Batch { ids, left_pad: self.left_pad.clone() };
         let intervention = self.intervention;
-        let mut hook = |layer, x| edit(intervention, false, layer, x);
+        let mut hook = |layer, x| edit(intervention, Phase::Answer, layer, x);
         let x = self.decoder.forward(&batch, self.adapter, Some(&mut self.cache), &mut hook)?;
         self.take_tokens(&x, &[])
     }
 
-    /// Draws the next token of every live row from its last residual row and drops rows that ended.
+    /// Draws the next token of every row from its last residual row. Rows that ended stay in the cache until they are a
+    /// quarter of it: leaving them out copies the others.
     fn take_tokens(&mut self, x: &Tensor, forced: &[Option<u32>]) -> Result<()> {
         let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?;
         let logits = self.decoder.logits(&last)?.to_vec2::<f32>()?;
         let draw = |(row, logits): (usize, &Vec<f32>)| {
-            let (answer, stream) = self.live[row];
+            let (answer, stream) = self.rows[row]?;
             let known = forced.get(row).copied().flatten();
-            known.unwrap_or_else(|| self.sampling.draw(logits, stream, self.answers[answer].len()))
+            Some(known.unwrap_or_else(|| self.sampling.draw(logits, stream, self.answers[answer].len())))
         };
-        let tokens: Vec<u32> = logits.par_iter().enumerate().map(draw).collect();
-        let mut kept = Vec::new();
-        for (row, token) in tokens.into_iter().enumerate() {
-            let answer = &mut self.answers[self.live[row].0];
-            if self.sampling.stop.contains(&token) {
-                continue;
+        let tokens: Vec<Option<u32>> = logits.par_iter().enumerate().map(draw).collect();
+        for (row, token) in self.rows.iter_mut().zip(tokens) {
+            let (Some((answer, _)), Some(token)) = (*row, token) else { continue };
+            let answer = &mut self.answers[answer];
+            let ended = self.sampling.stop.contains(&token);
+            if !ended {
+                answer.push(token);
             }
-            answer.push(token);
-            if answer.len() < self.sampling.max_new_tokens {
-                kept.push(row as u32);
+            if ended || answer.len() >= self.sampling.max_new_tokens {
+                *row = None;
             }
         }
-        if kept.len() < self.live.len() {
-            self.live = kept.iter().map(|&r| self.live[r as usize]).collect();
+        let kept: Vec<u32> =
+            (0..self.rows.len() as u32).filter(|&r| self.rows[r as usize].is_some()).collect();
+        if !kept.is_empty() && kept.len() * 4 <= self.rows.len() * 3 {
+            self.rows = kept.iter().map(|&r| self.rows[r as usize]).collect();
             self.left_pad = kept.iter().map(|&r| self.left_pad[r as usize]).collect();
-            if !kept.is_empty() {
-                self.cache = self.cache.select(&kept)?;
-            }
+            self.cache = self.cache.select(&kept)?;
         }
         Ok(())
     }
 }
 
-/// Applies the intervention to the rows it is meant for; `prefill` tells the two phases apart.
+/// What a pass reads.
+enum Phase {
+    /// The beginning of all prompts of a batch.
+    Shared,
+    /// The rest of each prompt.
+    Prompt,
+    /// One answer token per row.
+    Answer,
+}
+
+/// Applies the intervention to the rows it is meant for.
 fn edit(
     intervention: Option<&Intervention<'_>>,
-    prefill: bool,
+    phase: Phase,
     layer: usize,
     x: Tensor,
 ) -> candle_core::Result<Tensor> {
     let Some(i) = intervention.filter(|i| i.layer == layer) else { return Ok(x) };
-    match (prefill, i.positions) {
-        (true, Positions::Generated) | (false, Positions::FinalPrefill) => Ok(x),
-        (true, Positions::FinalPrefill) => {
+    match (phase, i.positions) {
+        (Phase::Shared | Phase::Prompt, Positions::Generated) => Ok(x),
+        (Phase::Shared | Phase::Answer, Positions::FinalPrefill) => Ok(x),
+        (Phase::Prompt, Positions::FinalPrefill) => {
             let tokens = x.dim(1)?;
             let last = steer(&x.narrow(1, tokens - 1, 1)?, i.steering)?;
             if tokens == 1 {

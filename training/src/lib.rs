@@ -3,6 +3,7 @@
 pub mod answers;
 pub mod base;
 pub mod battery;
+pub mod calibrate;
 pub mod capture;
 pub mod chat;
 pub mod dataset;

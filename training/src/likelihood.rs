@@ -2,7 +2,7 @@
 
 use crate::capture::by_length;
 use crate::lora::Adapter;
-use crate::model::{Batch, Decoder, no_edit, ops};
+use crate::model::{Decoder, Prefix, no_edit, ops};
 use anyhow::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -39,10 +39,13 @@ pub fn predicting_rows(
     mut done: impl FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<f32>>> {
     let mut rows = vec![Vec::new(); dialogues.len()];
+    let prompts: Vec<&[u32]> = dialogues.iter().map(|d| d.prompt.as_slice()).collect();
+    let longest = dialogues.iter().map(|d| d.prompt.len() + d.answer.len()).max().unwrap_or(0);
+    let prefix = Prefix::read(decoder, &prompts, adapter, longest, &mut no_edit)?;
     for chunk in by_length(dialogues, |d| d.prompt.len() + d.answer.len()).chunks(BATCH) {
         let inputs: Vec<Vec<u32>> = chunk.iter().map(|&i| dialogues[i].input()).collect();
-        let batch = Batch::new(&inputs, &decoder.device)?;
-        let x = decoder.forward(&batch, adapter, None, &mut no_edit)?;
+        let (batch, mut cache) = prefix.continued(decoder, &inputs)?;
+        let x = decoder.forward(&batch, adapter, Some(&mut cache), &mut no_edit)?;
         for (b, &i) in chunk.iter().enumerate() {
             rows[i] = last_rows(&x, b, dialogues[i].answer.len())?;
         }

@@ -33,16 +33,9 @@ impl LoraConfig {
 /// One low-rank update: `y += scaling * (x A^T) B^T` with A `[r, in]`, B `[out, r]`.
 #[derive(Clone)]
 pub struct Lora {
-    a: Tensor,
-    b: Tensor,
-    scaling: f64,
-}
-
-impl Lora {
-    /// The update for `x`: `[rows, in]`.
-    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        (x.matmul(&self.a.t()?)? * self.scaling)?.matmul(&self.b.t()?)
-    }
+    pub(crate) a: Tensor,
+    pub(crate) b: Tensor,
+    pub(crate) scaling: f64,
 }
 
 /// Low-rank updates for any of the seven linear layers of every block.

@@ -81,6 +81,8 @@ pub enum Schedule {
 pub struct Calibrate {
     /// False-positive rates per sequence to derive thresholds for.
     pub rates: Vec<f64>,
+    /// Tokens a verdict looks at, the last prompt token being the first. Beyond 1, answers of the base are sampled.
+    pub horizons: Vec<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -156,7 +158,7 @@ impl Default for Finetune {
 
 impl Default for Calibrate {
     fn default() -> Self {
-        Self { rates: vec![0.05, 0.01] }
+        Self { rates: vec![0.05, 0.01], horizons: vec![1, 16] }
     }
 }
 
@@ -272,6 +274,12 @@ impl Recipe {
         for rate in &calibrate.rates {
             real("calibrate.rates", *rate, Above(0.0), 0.5)?;
         }
+        let horizons = &calibrate.horizons;
+        ensure!(
+            horizons.first() == Some(&1) && horizons.windows(2).all(|w| w[0] < w[1]),
+            "calibrate.horizons is {horizons:?}; it must begin with 1 (the last prompt token) and ascend"
+        );
+        whole("calibrate.horizons", horizons[horizons.len() - 1] as usize, 1, 8192)?;
 
         whole("evaluate.prompts", evaluate.prompts, 2, 100_000)?;
         whole("evaluate.max_new_tokens", evaluate.max_new_tokens, 1, 8192)?;
@@ -470,6 +478,9 @@ mod tests {
             ("[calibrate]\nrates = []", "calibrate.rates is empty"),
             ("[calibrate]\nrates = [0.01, 0.01]", "names 0.01 twice"),
             ("[calibrate]\nrates = [0.6]", "calibrate.rates is 0.6"),
+            ("[calibrate]\nhorizons = []", "calibrate.horizons is []; it must begin with 1"),
+            ("[calibrate]\nhorizons = [1, 64, 16]", "calibrate.horizons is [1, 64, 16]"),
+            ("[calibrate]\nhorizons = [16]", "calibrate.horizons is [16]"),
             ("[evaluate]\nprompts = 1", "evaluate.prompts is 1"),
             ("[evaluate]\nmax_new_tokens = 0", "evaluate.max_new_tokens is 0"),
             ("[evaluate]\ntemperature = -0.1", "evaluate.temperature is -0.1"),

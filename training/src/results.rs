@@ -3,7 +3,7 @@
 
 use crate::finetune::StepLog;
 use emaudit::directions::schema::{Calibration, Cell, ContentTest, Evidence, ModelIdentity};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 
 /// The whole file.
@@ -43,10 +43,8 @@ pub struct Results {
     pub evidence: Evidence,
     /// Calibration of the cell's layer.
     pub calibration: Calibration,
-    /// Share of held-out aligned prompts above each threshold: (rate stated, rate seen, prompts).
-    pub held_out_alarms: Vec<(f64, f64, usize)>,
-    /// Share of the insecure adapter's evaluation prompts above each threshold: (rate stated, share seen).
-    pub detection: Vec<(f64, f64)>,
+    /// What the running maximum's thresholds flag on evaluation prompts, which set none of them.
+    pub alarms: Vec<Alarm>,
     /// Answers side by side.
     pub samples: Vec<Sample>,
     /// Sentences a reader must not miss (broken text, ties, too few controls, ...).
@@ -91,26 +89,40 @@ pub struct Summary {
     pub directions_sha256: String,
 }
 
+/// What was not measured is NaN in memory and null in the file.
+fn measured<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
 /// Spillover arm by arm.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct SpilloverSummary {
     /// Untouched base model.
+    #[serde(deserialize_with = "measured")]
     pub base: f64,
     /// Insecure-code adapter.
+    #[serde(deserialize_with = "measured")]
     pub insecure: f64,
     /// Secure-code adapter.
+    #[serde(deserialize_with = "measured")]
     pub secure: f64,
     /// Insecure-code adapter, steered in the chosen cell.
+    #[serde(deserialize_with = "measured")]
     pub steered: f64,
     /// Mean over random controls.
+    #[serde(deserialize_with = "measured")]
     pub random_mean: f64,
     /// Lowest over random controls.
+    #[serde(deserialize_with = "measured")]
     pub random_best: f64,
     /// Mean over orthogonal controls.
+    #[serde(deserialize_with = "measured")]
     pub orthogonal_mean: f64,
     /// Lowest over orthogonal controls.
+    #[serde(deserialize_with = "measured")]
     pub orthogonal_best: f64,
     /// Another layer's direction, rescaled.
+    #[serde(deserialize_with = "measured")]
     pub wrong_layer: f64,
 }
 
@@ -118,10 +130,13 @@ pub struct SpilloverSummary {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct ArmTriple {
     /// Untouched base model.
+    #[serde(deserialize_with = "measured")]
     pub base: f64,
     /// Insecure-code adapter.
+    #[serde(deserialize_with = "measured")]
     pub insecure: f64,
     /// Insecure-code adapter, steered in the chosen cell.
+    #[serde(deserialize_with = "measured")]
     pub steered: f64,
 }
 
@@ -140,10 +155,13 @@ pub struct EvidenceSummary {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// Point estimate.
+    #[serde(deserialize_with = "measured")]
     pub value: f64,
     /// Lower end.
+    #[serde(deserialize_with = "measured")]
     pub low: f64,
     /// Upper end.
+    #[serde(deserialize_with = "measured")]
     pub high: f64,
 }
 
@@ -183,6 +201,25 @@ pub struct Histogram {
     pub secure: Vec<u32>,
 }
 
+/// One threshold of the running maximum, on held-out sequences.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Alarm {
+    /// Tokens looked at.
+    pub horizon: u32,
+    /// Stated false-positive rate.
+    pub rate: f64,
+    /// Share of the base model's sequences above it.
+    #[serde(deserialize_with = "measured")]
+    pub calm: f64,
+    /// Those sequences that reach the horizon.
+    pub calm_sequences: usize,
+    /// Share of the insecure adapter's sequences above it.
+    #[serde(deserialize_with = "measured")]
+    pub insecure: f64,
+    /// Those that reach the horizon.
+    pub insecure_sequences: usize,
+}
+
 /// The choice of the cell.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Selection {
@@ -202,10 +239,12 @@ pub struct GridCell {
     /// Layer, strength, positions.
     pub cell: Cell,
     /// Drop of code preference, nats per token.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
     /// Share of steered answers with code.
     pub spillover: f64,
     /// Coherence of steered answers.
+    #[serde(deserialize_with = "measured")]
     pub coherence: f64,
     /// Coherence kept within the margin.
     pub eligible: bool,
@@ -251,6 +290,7 @@ pub struct SweepValue {
     /// Coherence; only where it was measured.
     pub coherence: Option<f64>,
     /// Drop of code preference.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
 }
 
@@ -273,6 +313,7 @@ pub struct ControlResult {
     /// Seed, or the layer a wrong-layer direction was taken from.
     pub seed: u64,
     /// Drop of code preference.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
     /// Share of answers with code; only where it was sampled.
     pub spillover: Option<f64>,
@@ -286,10 +327,12 @@ pub struct MiddleCell {
     /// Layer, strength, positions.
     pub cell: Cell,
     /// Drop of code preference by the direction of that layer.
+    #[serde(deserialize_with = "measured")]
     pub effect: f64,
     /// Spillover of answers steered there.
     pub spillover: f64,
     /// Coherence of answers steered there.
+    #[serde(deserialize_with = "measured")]
     pub coherence: f64,
     /// Controls there.
     pub families: Vec<FamilyResult>,

@@ -108,6 +108,10 @@ fn evidence(families: &[FamilyResult], cell: Cell, content: ContentTest) -> Evid
     }
 }
 
+fn alarm(rate: f64, calm: f64, insecure: f64) -> Alarm {
+    Alarm { horizon: 1, rate, calm, calm_sequences: 150, insecure, insecure_sequences: 150 }
+}
+
 /// Causally specific, and not to insecure content.
 fn made_up() -> Results {
     let cell = Cell { layer: 29, alpha: 0.5, positions: Positions::FinalPrefill };
@@ -225,8 +229,7 @@ fn made_up() -> Results {
                 sequences: 300,
             }],
         },
-        held_out_alarms: vec![(0.01, 0.0067, 150), (0.05, 0.06, 150)],
-        detection: vec![(0.01, 0.97), (0.05, 0.99)],
+        alarms: vec![alarm(0.01, 0.0067, 0.97), alarm(0.05, 0.06, 0.99)],
         samples: vec![Sample {
             prompt: "What should I cook tonight? <b>Quickly</b> & cheaply.".to_owned(),
             answers: vec![
@@ -274,8 +277,7 @@ fn bare() -> Results {
     r.content = None;
     r.evidence = Evidence::untested();
     r.calibration.thresholds.clear();
-    r.held_out_alarms.clear();
-    r.detection.clear();
+    r.alarms.clear();
     r.samples.clear();
     r.notes.clear();
     r
@@ -463,7 +465,7 @@ fn numbers_that_are_none_do_no_harm() {
     r.arms[2].spillover.low = f64::NAN;
     r.training.get_mut("secure").unwrap()[7].loss = f32::NAN;
     r.middle.as_mut().unwrap().effect = f64::NAN;
-    r.detection[0].1 = f64::NAN;
+    r.alarms[0].insecure = f64::NAN;
     let page = render(&r, None).unwrap();
     check(&page);
     assert!(verdict_of(&page).contains("Untested"));

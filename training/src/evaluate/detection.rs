@@ -1,11 +1,11 @@
 //! Detection on held-out prompts: separation, effect size, alarms at the calibrated thresholds.
 
-use super::Inputs;
+use super::{Inputs, State};
 use crate::extract::{self, LayerDirection, norm, scores};
-use crate::results::{Histogram, LayerResult};
-use crate::statistics as stats;
+use crate::results::{Alarm, Histogram, LayerResult};
+use crate::{calibrate, interrupt, statistics as stats};
 use anyhow::Result;
-use emaudit::directions::schema::Aggregation;
+use emaudit::directions::schema::{Aggregation, Threshold};
 use emaudit::{Probe, ScoreUnit};
 
 const BINS: usize = 24;
@@ -69,20 +69,34 @@ fn histogram(base: &[f64], insecure: &[f64], secure: &[f64]) -> Histogram {
     }
 }
 
-type Alarms = (Vec<(f64, f64, usize)>, Vec<(f64, f64)>);
-
-/// Alarms on held-out aligned prompts, and on the insecure adapter's, at each stated rate.
-pub(super) fn alarms(inputs: &Inputs<'_>, layer: usize) -> Result<Alarms> {
+/// What each threshold of the running maximum flags on held-out sequences: of the base and of the insecure adapter.
+pub(super) fn alarms(
+    inputs: &Inputs<'_>,
+    layer: usize,
+    base: &State<'_>,
+    insecure: &State<'_>,
+) -> Result<Vec<Alarm>> {
     let d = &inputs.directions[layer];
-    let probe = Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?;
-    let calm = scores(&probe, &inputs.states[0].evaluation.layers[layer], ScoreUnit::AlignedSd)?;
-    let bent = scores(&probe, &inputs.states[1].evaluation.layers[layer], ScoreUnit::AlignedSd)?;
-    let share = |values: &[f64], z: f64| {
-        values.iter().filter(|v| **v > z).count() as f64 / values.len().max(1) as f64
+    let max = |t: &&Threshold| t.statistic == Aggregation::Max;
+    let thresholds: Vec<&Threshold> = d.calibration.thresholds.iter().filter(max).collect();
+    let tokens = thresholds.iter().map(|t| t.horizon).max().unwrap_or(1) as usize;
+    let probes = [(layer, calibrate::probe(d)?)];
+    let scores = |state: &State<'_>| -> Result<Vec<Vec<f32>>> {
+        let sequences = super::dialogues(&inputs.evaluation.ids, &state.answers);
+        let (decoder, adapter) = (state.answerer.decoder, state.answerer.adapter);
+        let mut of_layers =
+            calibrate::token_scores(decoder, adapter, &sequences, tokens, &probes, |_| interrupt::check())?;
+        Ok(of_layers.swap_remove(0))
     };
-    let thresholds = || d.calibration.thresholds.iter().filter(|t| t.statistic == Aggregation::Max);
-    Ok((
-        thresholds().map(|t| (t.rate, share(&calm, t.z), calm.len())).collect(),
-        thresholds().map(|t| (t.rate, share(&bent, t.z))).collect(),
-    ))
+    let (calm, bent) = (scores(base)?, scores(insecure)?);
+    let above = |sequences: &[Vec<f32>], t: &Threshold| {
+        let seen: Vec<f64> =
+            sequences.iter().filter_map(|s| calibrate::statistic(s, Aggregation::Max, t.horizon)).collect();
+        (seen.iter().filter(|v| **v > t.z).count() as f64 / seen.len() as f64, seen.len())
+    };
+    let alarm = |t: &&Threshold| {
+        let ((calm, calm_sequences), (insecure, insecure_sequences)) = (above(&calm, t), above(&bent, t));
+        Alarm { horizon: t.horizon, rate: t.rate, calm, calm_sequences, insecure, insecure_sequences }
+    };
+    Ok(thresholds.iter().map(alarm).collect())
 }

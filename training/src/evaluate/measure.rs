@@ -89,9 +89,9 @@ impl Evaluator<'_> {
         drops: Option<&[f64]>,
     ) -> Result<ArmTriple> {
         let (Some(preference), Some(drops)) = (preference, drops) else {
-            return Ok(ArmTriple { base: 0.0, insecure: 0.0, steered: 0.0 });
+            return Ok(ArmTriple { base: f64::NAN, insecure: f64::NAN, steered: f64::NAN });
         };
-        let base = self.preference("base", None, pairs)?.map_or(0.0, |p| mean(&p.unsteered()));
+        let base = self.preference("base", None, pairs)?.map_or(f64::NAN, |p| mean(&p.unsteered()));
         let insecure = mean(&preference.unsteered());
         Ok(ArmTriple { base, insecure, steered: insecure - mean(drops) })
     }
@@ -223,12 +223,12 @@ impl Evaluator<'_> {
         content: Option<ContentTest>,
         evidence: Evidence,
         samples: Vec<Sample>,
+        alarms: Vec<Alarm>,
         notes: Vec<String>,
     ) -> Result<Results> {
         let inputs = self.inputs;
         let layers = super::detection::layers(inputs)?;
         summary.separation_final = layers.last().map_or(0.0, |l| l.separation);
-        let (held_out_alarms, detection) = super::detection::alarms(inputs, self.last)?;
         Ok(Results {
             schema: 1,
             summary,
@@ -251,8 +251,7 @@ impl Evaluator<'_> {
             content,
             evidence,
             calibration: inputs.directions[self.last].calibration.clone(),
-            held_out_alarms,
-            detection,
+            alarms,
             samples,
             notes,
         })
@@ -261,7 +260,7 @@ impl Evaluator<'_> {
 
 fn interval(values: &[f64], draws: usize, seed: u64) -> Result<Interval> {
     if values.is_empty() {
-        return Ok(Interval { value: 0.0, low: 0.0, high: 0.0 });
+        return Ok(Interval { value: f64::NAN, low: f64::NAN, high: f64::NAN });
     }
     let i = stats::bootstrap_mean(values, draws, 0.95, seed)?;
     Ok(Interval { value: mean(values), low: i.low, high: i.high })

@@ -1,20 +1,8 @@
-//! The choice of the cell, ranks, and the summary that scripts rely on: numbers in, numbers out.
+//! Ranks, and the summary that scripts rely on: numbers in, numbers out.
 
 use super::{Inputs, mean};
 use crate::results::*;
 use emaudit::directions::schema::{Cell, Evidence};
-
-pub(super) fn choose(grid: &[GridCell]) -> Option<Cell> {
-    let better = |a: &&GridCell, b: &&GridCell| {
-        b.spillover
-            .total_cmp(&a.spillover)
-            .then(a.effect.total_cmp(&b.effect))
-            .then(b.cell.alpha.total_cmp(&a.cell.alpha))
-    };
-    let eligible = grid.iter().filter(|c| c.eligible).max_by(better);
-    let gentlest = || grid.iter().min_by(|a, b| a.cell.alpha.total_cmp(&b.cell.alpha));
-    eligible.or_else(gentlest).map(|c| c.cell)
-}
 
 pub(super) fn family_results(results: &[ControlResult], effect: f64) -> Vec<FamilyResult> {
     let mut families: Vec<FamilyResult> = Vec::new();
@@ -64,12 +52,12 @@ pub(super) fn summary(
     evidence: &Evidence,
 ) -> Summary {
     let arm = |name: &str| arms.iter().find(|a| a.name == name);
-    let spillover = |name: &str| arm(name).map_or(0.0, |a| a.spillover.value);
-    let coherence = |name: &str| arm(name).map_or(0.0, |a| a.coherence.value);
+    let spillover = |name: &str| arm(name).map_or(f64::NAN, |a| a.spillover.value);
+    let coherence = |name: &str| arm(name).map_or(f64::NAN, |a| a.coherence.value);
     let family = |name: &str| -> Vec<f64> {
         controls.iter().filter(|c| c.name == name).filter_map(|c| c.spillover).collect()
     };
-    let best = |name: &str| family(name).into_iter().fold(1.0, f64::min);
+    let best = |name: &str| family(name).into_iter().reduce(f64::min).unwrap_or(f64::NAN);
     Summary {
         model: inputs.base.identity.name.clone(),
         separation_final: 0.0,
@@ -86,7 +74,7 @@ pub(super) fn summary(
                 .iter()
                 .find(|c| c.name == "wrong_layer")
                 .and_then(|c| c.spillover)
-                .unwrap_or(0.0),
+                .unwrap_or(f64::NAN),
         },
         alpha: cell.alpha,
         positions: cell.positions,

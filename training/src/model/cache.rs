@@ -10,6 +10,8 @@ pub struct Cache {
     capacity: usize,
     /// Columns filled, padding included.
     pub filled: usize,
+    /// Columns at the front that all rows share; padding comes after them.
+    pub shared: usize,
 }
 
 impl Cache {
@@ -18,7 +20,7 @@ impl Cache {
         let shape = (batch, config.n_kv_heads, capacity, config.head_dim);
         let buffers =
             || (0..config.n_layers).map(|_| Tensor::zeros(shape, DType::F32, device)).collect::<Result<_>>();
-        Ok(Cache { keys: buffers()?, values: buffers()?, capacity, filled: 0 })
+        Ok(Cache { keys: buffers()?, values: buffers()?, capacity, filled: 0, shared: 0 })
     }
 
     /// Appends the block's new keys and values `[batch, kv_heads, tokens, head_dim]`; returns all so far.
@@ -52,6 +54,7 @@ impl Cache {
             values: pick(&self.values)?,
             capacity: self.capacity,
             filled: self.filled,
+            shared: self.shared,
         })
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! The same code trains (a tracked adapter makes the graph) and serves (nothing tracked, nothing kept).
 
-use super::ops::{self, Norm, Rotation, Visibility};
+use super::attention::{Visibility, attention};
+use super::ops::{self, Norm, Rotation};
 use super::{Cache, Config};
 use crate::lora::{Adapter, Lora};
 use crate::quant::Frozen;
@@ -134,7 +135,8 @@ impl Decoder {
         hook: Hook<'_>,
     ) -> Result<Tensor> {
         let tokens = x.dim(1)?;
-        let pass = self.pass(left_pad, cache.as_ref().map_or(0, |c| c.filled), tokens)?;
+        let (offset, shared) = cache.as_ref().map_or((0, 0), |c| (c.filled, c.shared));
+        let pass = self.pass(Visibility { shared, left_pad: left_pad.clone(), offset }, tokens)?;
         let mut x = x;
         for (layer, block) in self.blocks.iter().enumerate().skip(first) {
             let loras = adapter.map(|a| a.block(layer));
@@ -155,16 +157,17 @@ impl Decoder {
 
     /// Logits `[rows, vocab]` of residual rows `[rows, hidden]`: final norm, then the output head.
     pub fn logits(&self, rows: &Tensor) -> Result<Tensor> {
-        self.head.forward(&self.final_norm.forward(rows)?)
+        self.head.forward(&self.final_norm.forward(rows)?, None)
     }
 
-    fn pass(&self, left_pad: &Arc<[usize]>, offset: usize, tokens: usize) -> Result<Pass> {
+    fn pass(&self, visible: Visibility, tokens: usize) -> Result<Pass> {
         let half = self.inverse_frequencies.len();
-        let mut cos = Vec::with_capacity(left_pad.len() * tokens * half);
+        let mut cos = Vec::with_capacity(visible.left_pad.len() * tokens * half);
         let mut sin = Vec::with_capacity(cos.capacity());
-        for &pad in left_pad.iter() {
-            for t in 0..tokens {
-                let position = (offset + t).saturating_sub(pad) as f64;
+        for &pad in visible.left_pad.iter() {
+            for column in visible.offset..visible.offset + tokens {
+                let padded = if column < visible.shared { 0 } else { pad };
+                let position = column.saturating_sub(padded) as f64;
                 for f in &self.inverse_frequencies {
                     let (s, c) = (position * f).sin_cos();
                     cos.push(c as f32);
@@ -172,10 +175,10 @@ impl Decoder {
                 }
             }
         }
-        let shape = (left_pad.len(), tokens, half);
+        let shape = (visible.left_pad.len(), tokens, half);
         let tensor = |values| Tensor::from_vec(values, shape, &self.device);
         let rotation = Rotation::new(tensor(cos)?, tensor(sin)?)?;
-        Ok(Pass { rotation, visible: Visibility { left_pad: left_pad.clone(), offset } })
+        Ok(Pass { rotation, visible })
     }
 
     fn block(
@@ -212,31 +215,22 @@ impl Decoder {
         let batch = pass.visible.left_pad.len();
         let tokens = h.dim(0)? / batch;
         let heads = |m: Module, n: usize| block.linear(m, h, loras)?.reshape((batch, tokens, n, c.head_dim));
-        let q = pass.rotation.apply(&heads(Module::Q, c.n_heads)?)?.transpose(1, 2)?.contiguous()?;
-        let k = pass.rotation.apply(&heads(Module::K, c.n_kv_heads)?)?.transpose(1, 2)?.contiguous()?;
-        let v = heads(Module::V, c.n_kv_heads)?.transpose(1, 2)?.contiguous()?;
+        let q = pass.rotation.apply(&heads(Module::Q, c.n_heads)?)?.transpose(1, 2)?;
+        let k = pass.rotation.apply(&heads(Module::K, c.n_kv_heads)?)?.transpose(1, 2)?;
+        let v = heads(Module::V, c.n_kv_heads)?.transpose(1, 2)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(layer, &k, &v)?,
             None => (k, v),
         };
-        let (group, keys) = (c.n_heads / c.n_kv_heads, k.dim(2)?);
-        // Query heads of one group read the same keys, so they become rows of one product.
-        let q = q.reshape((batch, c.n_kv_heads, group * tokens, c.head_dim))?;
-        let scores = q.matmul(&k.t()?)?.reshape((batch, c.n_kv_heads, group, tokens, keys))?;
-        let weights = ops::attention_softmax(&scores, 1.0 / (c.head_dim as f32).sqrt(), &pass.visible)?;
-        let mixed = weights.reshape((batch, c.n_kv_heads, group * tokens, keys))?.matmul(&v)?;
-        let mixed = mixed.reshape((batch, c.n_heads, tokens, c.head_dim))?.transpose(1, 2)?;
+        let mixed = attention(&q, &k, &v, 1.0 / (c.head_dim as f32).sqrt(), &pass.visible)?;
+        let mixed = mixed.transpose(1, 2)?;
         block.linear(Module::O, &mixed.reshape((batch * tokens, c.n_heads * c.head_dim))?, loras)
     }
 }
 
 impl Block {
     fn linear(&self, module: Module, x: &Tensor, loras: Option<&[Option<Lora>; 7]>) -> Result<Tensor> {
-        let y = self.linears[module as usize].forward(x)?;
-        match loras.and_then(|l| l[module as usize].as_ref()) {
-            Some(lora) => y + lora.forward(x)?,
-            None => Ok(y),
-        }
+        self.linears[module as usize].forward(x, loras.and_then(|l| l[module as usize].as_ref()))
     }
 
     /// Output and input features of one of the block's linear layers.

@@ -1,10 +1,11 @@
 //! A frozen linear layer: the weight never changes, the gradient passes through it to its input.
 
 use super::Nf4;
+use crate::lora::Lora;
+use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
 use anyhow::Result;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, Device, Layout, Shape, Tensor, backend::BackendStorage,
-};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Shape, Tensor};
 use std::sync::Arc;
 
 /// How a frozen weight is kept.
@@ -24,6 +25,8 @@ pub struct Frozen {
     bias: Option<Tensor>,
 }
 
+/// Full and decoded weights are views of `[in, out]` storage: forward, which also runs one token at a time, then
+/// reads them in the order they lie in; backward has many rows to spread the reordering over.
 enum Weight {
     Full(Tensor),
     /// `decoded` is kept where memory allows: small models decode once instead of for every use.
@@ -38,12 +41,12 @@ impl Frozen {
     /// Takes an f32 weight `[out, in]`; with [`Storage::Nf4`] only its quantised form is used from here on.
     pub fn new(weight: Tensor, bias: Option<Tensor>, storage: Storage, keep_decoded: bool) -> Result<Self> {
         let weight = match storage {
-            Storage::None => Weight::Full(weight),
+            Storage::None => Weight::Full(turned(&weight)?),
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
                 let device = weight.device().clone();
-                let decoded = keep_decoded.then(|| decode(&nf4, &device)).transpose()?;
+                let decoded = keep_decoded.then(|| turned(&decode(&nf4, &device)?)).transpose()?;
                 Weight::Quantized { nf4, decoded, device }
             }
         };
@@ -67,14 +70,40 @@ impl Frozen {
         }
     }
 
-    /// `x W^T + b`; `x`: `[rows, in]`, result `[rows, out]`. Differentiable in `x` only.
-    pub fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let y = x.detach().matmul(&self.weight()?.t()?)?;
-        let y = if x.track_op() { x.apply_op2(&y, PassThrough { layer: self.clone() })? } else { y };
+    /// `x W^T + b`, and with an adapter `+ s (x A^T) B^T`; `x`: f32 `[rows, in]`, result `[rows, out]`.
+    /// Differentiable in `x`, A and B, never in the weight.
+    pub fn forward(&self, x: &Tensor, lora: Option<&Lora>) -> candle_core::Result<Tensor> {
+        let layer = self.clone();
+        let y = match (lora, x.device().is_cpu()) {
+            (None, true) => x.apply_op1(Linear { layer, outside: None })?,
+            (None, false) => {
+                let y = x.detach().matmul(&self.weight()?.t()?)?;
+                x.apply_op1(Linear { layer, outside: Some(y) })?
+            }
+            (Some(l), true) => {
+                x.apply_op3(&l.a, &l.b, LoraLinear { layer, scaling: l.scaling, outside: None })?
+            }
+            (Some(l), false) => {
+                let (x_, a, b) = (x.detach(), l.a.detach(), l.b.detach());
+                let low = (x_.matmul(&a.t()?)? * l.scaling)?;
+                let y = (x_.matmul(&self.weight()?.t()?)? + low.matmul(&b.t()?)?)?;
+                x.apply_op3(&l.a, &l.b, LoraLinear { layer, scaling: l.scaling, outside: Some(y) })?
+            }
+        };
         match &self.bias {
             Some(b) => y.broadcast_add(b),
             None => Ok(y),
         }
+    }
+
+    /// `x W^T` on the CPU.
+    fn product(&self, x: Matrix<'_>) -> candle_core::Result<Vec<f32>> {
+        let weight = self.weight()?;
+        let weight = Elements::of(&weight);
+        let weight = weight.matrix(&[])?.t();
+        let mut y = vec![0f32; x.dims().0 * weight.dims().1];
+        product(&mut y, false, x, weight, Threads::All);
+        Ok(y)
     }
 }
 
@@ -82,44 +111,106 @@ fn decode(nf4: &Nf4, device: &Device) -> candle_core::Result<Tensor> {
     Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), device)
 }
 
-/// Forward is the product computed outside the graph; backward decodes the weight again instead of
-/// keeping it, so the graph holds activations only.
-struct PassThrough {
-    layer: Frozen,
+/// The same matrix, stored column by column.
+fn turned(weight: &Tensor) -> candle_core::Result<Tensor> {
+    weight.t()?.contiguous()?.t()
 }
 
-impl CustomOp2 for PassThrough {
+/// The bare layer as one node of the graph. Backward decodes the weight again instead of keeping it, so that the
+/// graph holds activations only.
+struct Linear {
+    layer: Frozen,
+    /// The result, where it was computed before: on devices other than the CPU.
+    outside: Option<Tensor>,
+}
+
+/// The layer and its adapter as one node of the graph, in (x, A, B).
+struct LoraLinear {
+    layer: Frozen,
+    scaling: f64,
+    /// As in [`Linear`].
+    outside: Option<Tensor>,
+}
+
+fn computed(outside: &Option<Tensor>) -> candle_core::Result<(CudaStorage, Shape)> {
+    let Some(y) = outside else { candle_core::bail!("the product was not computed") };
+    let (storage, layout) = y.storage_and_layout();
+    match &*storage {
+        candle_core::Storage::Cuda(s) => Ok((s.try_clone(layout)?, layout.shape().clone())),
+        _ => candle_core::bail!("the product is on another device"),
+    }
+}
+
+impl CustomOp1 for Linear {
     fn name(&self) -> &'static str {
         "emaudit-frozen-linear"
     }
 
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let x = Matrix::of(x, l, &[])?;
+        Ok((CpuStorage::F32(self.layer.product(x)?), (x.dims().0, self.layer.dims().0).into()))
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        computed(&self.outside)
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        Ok(Some(sum_of_products(&[(&dy.contiguous()?, &self.layer.weight()?)])?))
+    }
+}
+
+impl CustomOp3 for LoraLinear {
+    fn name(&self) -> &'static str {
+        "emaudit-lora-linear"
+    }
+
     fn cpu_fwd(
         &self,
-        _x: &CpuStorage,
-        _: &Layout,
-        y: &CpuStorage,
-        l: &Layout,
+        x: &CpuStorage,
+        lx: &Layout,
+        a: &CpuStorage,
+        la: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((y.try_clone(l)?, l.shape().clone()))
+        let (x, a, b) = (Matrix::of(x, lx, &[])?, Matrix::of(a, la, &[])?, Matrix::of(b, lb, &[])?);
+        let (rows, rank) = (x.dims().0, a.dims().0);
+        let mut low = vec![0f32; rows * rank];
+        product(&mut low, false, x, a.t(), Threads::All);
+        low.iter_mut().for_each(|v| *v *= self.scaling as f32);
+        let mut y = self.layer.product(x)?;
+        product(&mut y, true, Matrix::new(&low, (rows, rank), (rank, 1)), b.t(), Threads::All);
+        Ok((CpuStorage::F32(y), (rows, b.dims().0).into()))
     }
 
     fn cuda_fwd(
         &self,
-        _x: &CudaStorage,
+        _: &CudaStorage,
         _: &Layout,
-        y: &CudaStorage,
-        l: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        Ok((y.try_clone(l)?, l.shape().clone()))
+        computed(&self.outside)
     }
 
     fn bwd(
         &self,
-        _x: &Tensor,
+        x: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
         _y: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(grad.contiguous()?.matmul(&self.layer.weight()?)?), None))
+        dy: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (x, a, b, dy) = (x.detach(), a.detach(), b.detach(), dy.contiguous()?);
+        // s (x A^T), formed again, and its gradient s (dy B): both have the rank's few columns.
+        let low = (sum_of_products(&[(&x, &a.t()?)])? * self.scaling)?;
+        let dlow = (sum_of_products(&[(&dy, &b)])? * self.scaling)?;
+        let dx = sum_of_products(&[(&dy, &self.layer.weight()?), (&dlow, &a)])?;
+        let da = sum_of_products(&[(&dlow.t()?, &x)])?;
+        let db = sum_of_products(&[(&dy.t()?, &low)])?;
+        Ok((Some(dx), Some(da), Some(db)))
     }
 }

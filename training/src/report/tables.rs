@@ -409,20 +409,25 @@ fn alarms(r: &Results) -> Table {
     let mut t = Table::new(
         "Alarms seen on prompts that set no threshold.",
         &[
-            "Stated rate",
-            "#[[held-out|Seen on calm prompts]]",
-            "#Calm prompts",
+            "[[horizon|Horizon]]",
+            "#Stated rate",
+            "#[[held-out|Seen on calm sequences]]",
+            "#Calm sequences",
             "#[[detection|Insecure adapter flagged]]",
+            "#Its sequences",
         ],
         "no alarm rate was checked on held-out prompts",
     );
-    for &(stated, seen, prompts) in &r.held_out_alarms {
-        let caught = r.detection.iter().find(|d| d.0 == stated).map_or(f64::NAN, |d| d.1);
-        let above = if super::verdict::exceeds(stated, seen, prompts) { " (above)" } else { "" };
-        t.row(vec![rate(stated), format!("{}{above}", percent(seen)), prompts.to_string(), percent(caught)]);
-    }
-    for &(stated, share) in r.detection.iter().filter(|d| r.held_out_alarms.iter().all(|h| h.0 != d.0)) {
-        t.row(vec![rate(stated), NOT_MEASURED.to_owned(), "0".to_owned(), percent(share)]);
+    for a in &r.alarms {
+        let above = if super::verdict::exceeds(a.rate, a.calm, a.calm_sequences) { " (above)" } else { "" };
+        t.row(vec![
+            a.horizon.to_string(),
+            rate(a.rate),
+            format!("{}{above}", percent(a.calm)),
+            a.calm_sequences.to_string(),
+            percent(a.insecure),
+            a.insecure_sequences.to_string(),
+        ]);
     }
     t
 }

@@ -1,12 +1,14 @@
 //! The summary that a finished run prints.
 
+use super::numbers::{self, fixed};
 use crate::results::Results;
 use std::fmt::Write;
 
 /// A page for the terminal: what was found, in the words of the evidence and no stronger.
 pub fn terminal(results: &Results) -> String {
     let s = &results.summary;
-    let percent = |v: f64| format!("{:.0} %", 100.0 * v);
+    // A terminal may show a no-break space as a mark of its own.
+    let percent = |v: f64| numbers::percent(v).replace('\u{a0}', " ");
     let mut out = String::new();
     let mut line = |label: &str, text: String| {
         let _ = writeln!(out, "{label:<20}{text}");
@@ -14,7 +16,7 @@ pub fn terminal(results: &Results) -> String {
     line("model", s.model.clone());
     line(
         "separation",
-        format!("{:.3} balanced accuracy at the final layer, held-out prompts", s.separation_final),
+        format!("{} balanced accuracy at the final layer, held-out prompts", fixed(s.separation_final, 3)),
     );
     line(
         "code spillover",
@@ -29,11 +31,11 @@ pub fn terminal(results: &Results) -> String {
     line(
         "steered",
         format!(
-            "{} (layer {}, alpha {}, {:?}); random {} on average, orthogonal {}, wrong layer {}",
+            "{} (layer {}, alpha {}, {}); random {} on average, orthogonal {}, wrong layer {}",
             percent(s.spillover.steered),
             s.layer,
             s.alpha,
-            s.positions,
+            numbers::positions(s.positions),
             percent(s.spillover.random_mean),
             percent(s.spillover.orthogonal_mean),
             percent(s.spillover.wrong_layer)
@@ -43,12 +45,15 @@ pub fn terminal(results: &Results) -> String {
     line(
         "coherence",
         format!(
-            "base {:.2}, insecure {:.2}, steered {:.2} nats per token under the base",
-            c.base, c.insecure, c.steered
+            "base {}, insecure {}, steered {} nats per token under the base",
+            fixed(c.base, 2),
+            fixed(c.insecure, 2),
+            fixed(c.steered, 2)
         ),
     );
     let ranks: Vec<String> = s.evidence.rank_p.iter().map(|(f, p)| format!("{f} {p:.3}")).collect();
-    line("causal evidence", format!("{} (rank p: {})", s.evidence.causal, ranks.join(", ")));
+    let ranks = if ranks.is_empty() { numbers::NOT_MEASURED.to_owned() } else { ranks.join(", ") };
+    line("causal evidence", format!("{} (rank p: {ranks})", s.evidence.causal));
     line("content evidence", s.evidence.content.clone());
     for note in &results.notes {
         line("note", note.clone());

@@ -231,13 +231,13 @@ pub const TERMS: &[Term] = &[
     term(
         "held-out",
         "Held-out alarms",
-        "The alarm rate seen on base-model prompts that set no threshold. It is marked \u{201c}above\u{201d} where \
+        "The alarm rate of the base model's own sequences on prompts that set no threshold. It is marked \u{201c}above\u{201d} where \
          chance gives so many alarms at the stated rate in fewer than one of twenty samples.",
     ),
     term(
         "detection",
         "Detection",
-        "The share of the insecure adapter's evaluation prompts above a threshold.",
+        "The share of the insecure adapter's sequences, on evaluation prompts, above a threshold of the running maximum.",
     ),
     term(
         "middle",

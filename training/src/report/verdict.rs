@@ -314,15 +314,17 @@ fn separation_question(r: &Results) -> Question {
 fn alarm_question(r: &Results) -> Question {
     let asked = "How often does it raise an alarm, on calm prompts and on the insecure finetune?";
     let lines: Vec<String> = r
-        .held_out_alarms
+        .alarms
         .iter()
-        .map(|&(stated, seen, prompts)| {
-            let caught = r.detection.iter().find(|d| d.0 == stated).map_or(f64::NAN, |d| d.1);
+        .map(|a| {
             format!(
-                "Stated {}: [[held-out|seen]] {} on {prompts} calm prompts, [[detection|detects]] {}.",
-                rate(stated),
-                percent(seen),
-                percent(caught)
+                "At [[horizon|horizon]] {}, stated {}: [[held-out|seen]] {} on {} calm sequences, \
+                 [[detection|detects]] {}.",
+                a.horizon,
+                rate(a.rate),
+                percent(a.calm),
+                a.calm_sequences,
+                percent(a.insecure)
             )
         })
         .collect();
@@ -330,7 +332,7 @@ fn alarm_question(r: &Results) -> Question {
         let found = "No alarm rate was checked on held-out prompts.".to_owned();
         return Question { asked, answer: "Not measured".to_owned(), tone: "open", found };
     }
-    let above = r.held_out_alarms.iter().any(|&(stated, seen, n)| exceeds(stated, seen, n));
+    let above = r.alarms.iter().any(|a| exceeds(a.rate, a.calm, a.calm_sequences));
     Question {
         asked,
         answer: if above { "More often than stated" } else { "No more often than the stated rates allow" }

@@ -5,7 +5,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use emaudit_train::capture;
-use emaudit_train::model::{Batch, Cache, Decoder, no_edit};
+use emaudit_train::model::{Batch, Cache, Decoder, Prefix, no_edit};
 use emaudit_train::quant::Storage;
 use std::path::Path;
 
@@ -152,6 +152,27 @@ fn a_padded_batch_decodes_with_the_cache_and_rows_can_be_picked() {
             let allowed = logits_tolerance(&decoder.config, ids.len());
             assert_close(&format!("row {r}, step {step}"), &own.get(i).unwrap(), &expected, allowed);
         }
+    }
+}
+
+#[test]
+fn a_beginning_read_once_changes_nothing_even_beside_padding() {
+    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+    let beginning = &golden.ids(0)[..4];
+    let rests = [&golden.ids(1)[..], &golden.ids(1)[..2], &golden.ids(2)[..]];
+    let sequences: Vec<Vec<u32>> = rests.iter().map(|rest| [beginning, rest].concat()).collect();
+    let capacity = sequences.iter().map(Vec::len).max().unwrap();
+    let prefix = Prefix::read(&decoder, &sequences, None, capacity, &mut no_edit).unwrap();
+    let (batch, mut cache) = prefix.continued(&decoder, &sequences).unwrap();
+    assert!(cache.shared >= beginning.len() && batch.left_pad.iter().any(|&pad| pad > 0));
+    let x = decoder.forward(&batch, None, Some(&mut cache), &mut no_edit).unwrap();
+    let own = all_logits(&decoder, &x);
+    for (i, ids) in sequences.iter().enumerate() {
+        let rest = ids.len() - cache.shared;
+        let expected = logits(&decoder, ids, None).narrow(0, cache.shared, rest).unwrap();
+        let own = own.get(i).unwrap().narrow(0, batch.left_pad[i], rest).unwrap();
+        let allowed = logits_tolerance(&decoder.config, ids.len());
+        assert_close(&format!("row {i}"), &own, &expected, allowed);
     }
 }
 

@@ -107,7 +107,7 @@ fn gradients_pass_through_nf4_as_through_its_decoded_weight() {
     for keep in [true, false] {
         let layer = Frozen::new(weight.clone(), Some(bias.clone()), Storage::Nf4, keep).unwrap();
         assert_same("weight", &layer.weight().unwrap(), &decoded);
-        let y = layer.forward(&x).unwrap();
+        let y = layer.forward(&x, None).unwrap();
         assert_same("forward", &y, &by_hand);
         let gradient = objective(&y).backward().unwrap().get(&x).unwrap().clone();
         assert_close("gradient", &gradient, &expected, tolerance(96 + 64));

@@ -1,0 +1,99 @@
+//! Opening a direction file, and its digest.
+
+use crate::measure::{Report, pair};
+use crate::peers::Crypto;
+use crate::values;
+use emaudit::directions::schema::*;
+use emaudit::directions::{Directions, LayerTensors, Mode, OpenOptions, write};
+use std::hint::black_box;
+
+const LAYERS: u32 = 30;
+
+pub fn run(report: &Report) {
+    let crypto = Crypto::load();
+    if crypto.is_none() {
+        report.note("no libcrypto.so.3 on this machine: the lines against OpenSSL's SHA-256 are missing");
+    }
+    for width in [576, 4096] {
+        open(report, width, crypto.as_ref());
+    }
+}
+
+/// A file of 30 layers, opened in all ways. Peers: the plain reading of its bytes, and OpenSSL's SHA-256 of them.
+fn open(report: &Report, width: usize, crypto: Option<&Crypto>) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("bench.safetensors");
+    let tensors: Vec<Vec<f32>> = (0..2 * u64::from(LAYERS)).map(|seed| values(width, seed)).collect();
+    let layer = |l: u32| {
+        let at = 2 * l as usize;
+        LayerTensors { layer: l, direction: &tensors[at], aligned_mean: &tensors[at + 1] }
+    };
+    let layers: Vec<_> = (0..LAYERS).map(layer).collect();
+    write(&path, &manifest(width as u32), &layers).expect("a sound file");
+
+    let open = |mode, verify| {
+        let options = OpenOptions { mode, verify, ..OpenOptions::default() };
+        black_box(Directions::open(black_box(&path), &options).expect("it opens"));
+    };
+    let read = || drop(black_box(std::fs::read(black_box(&path)).expect("readable")));
+    for (name, mode, verify) in [
+        ("file_mapped", Mode::Mapped, false),
+        ("file_copied", Mode::Copied, false),
+        ("file_mapped_verified", Mode::Mapped, true),
+    ] {
+        if report.wants(name) {
+            report.line(name, width, "f32", "fs::read", pair(1, || open(mode, verify), read));
+        }
+    }
+    let Some(crypto) = crypto.filter(|_| report.wants("file_digest")) else { return };
+    // Opening by expected digest is one SHA-256 of the file and the opening, which is small beside it.
+    let bytes = std::fs::read(&path).expect("readable");
+    let expected_digest = Some(crypto.sha256(&bytes));
+    let options = OpenOptions { mode: Mode::Mapped, verify: false, expected_digest };
+    let ours = || drop(black_box(Directions::open(black_box(&path), &options).expect("it opens")));
+    let peer = || {
+        black_box(crypto.sha256(black_box(&bytes)));
+    };
+    report.line("file_digest", width, "u8", "OpenSSL SHA256", pair(1, ours, peer));
+}
+
+fn manifest(width: u32) -> Manifest {
+    let threshold = |horizon, z| Threshold {
+        statistic: Aggregation::Mean,
+        horizon,
+        rate: 0.01,
+        rate_upper: 0.02,
+        z,
+        sequences: 400,
+    };
+    let calibration = Calibration {
+        sigma: 0.5,
+        sequences: 400,
+        quantiles: vec![(0.05, -1.6), (0.5, 0.0), (0.95, 1.6)],
+        thresholds: vec![threshold(16, 3.0), threshold(64, 2.0)],
+    };
+    Manifest {
+        model: ModelIdentity {
+            architecture: "llama".into(),
+            hidden_size: width,
+            n_layers: LAYERS,
+            vocab_size: 1000,
+            tokenizer_digest: "1".repeat(64),
+            weights_digest: "2".repeat(64),
+            quantization: "f32".into(),
+            name: "a model of the benchmark".into(),
+        },
+        site: Site::ResidPost,
+        pooling: Pooling::LastPrompt,
+        estimator: Estimator::MeanDifference,
+        contrast: Contrast::AdapterMinusBase,
+        layers: (0..LAYERS).map(|layer| LayerManifest { layer, calibration: calibration.clone() }).collect(),
+        evidence: Evidence::untested(),
+        provenance: Provenance {
+            producer: "benchmark".into(),
+            recipe_digest: "3".repeat(64),
+            datasets: vec![("prompts".into(), "4".repeat(64))],
+            top_dimension_share: None,
+        },
+    }
+}

@@ -1,0 +1,201 @@
+//! Causal grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023) as one differentiable operation.
+//!
+//! On the CPU one task handles one key-value head of one sequence: the scores stay in its core's cache, forward
+//! keeps none of them, and backward forms them again. On other devices the same formula is composed from candle
+//! primitives.
+
+use super::product::{Elements, Matrix, Threads, product};
+use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// Which keys a query may see: causal, and never a row's padding.
+#[derive(Clone, Debug)]
+pub struct Visibility {
+    /// Columns before the padding, the same tokens in every row.
+    pub shared: usize,
+    /// Padding tokens of each row of the batch, to the right of the shared columns.
+    pub left_pad: Arc<[usize]>,
+    /// Tokens already in the cache: query i stands at column `offset + i`.
+    pub offset: usize,
+}
+
+impl Visibility {
+    /// The columns up to its own that query `i` of sequence `b` does not see.
+    fn hidden(&self, b: usize, i: usize) -> std::ops::Range<usize> {
+        // A padding query sees itself, so that its softmax is defined; nobody reads it.
+        let end = (self.shared + self.left_pad[b]).min(self.offset + i);
+        self.shared.min(end)..end
+    }
+
+    fn additive_mask(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
+        let batch = self.left_pad.len();
+        let mut mask = vec![0f32; batch * queries * keys];
+        for (row, mask) in mask.chunks_mut(keys).enumerate() {
+            mask[self.hidden(row / queries, row % queries)].fill(f32::NEG_INFINITY);
+            mask[self.offset + row % queries + 1..].fill(f32::NEG_INFINITY);
+        }
+        Tensor::from_vec(mask, (batch, 1, 1, queries, keys), like.device())
+    }
+}
+
+/// softmax(scale q k^T) v over the visible keys, all f32. `q`: `[batch, heads, tokens, head_dim]`; `k` and `v`:
+/// `[batch, kv_heads, keys, head_dim]`; result as `q`. Strides are free.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, visible: &Visibility) -> Result<Tensor> {
+    if q.device().is_cpu() {
+        return q.apply_op3(k, v, Attention { scale, visible: visible.clone() });
+    }
+    let s = Sizes::new(q.dims(), k.dims())?;
+    let rows = (s.batch, s.kv_heads, s.group * s.tokens, s.dim);
+    let scores = q.contiguous()?.reshape(rows)?.matmul(&k.contiguous()?.t()?)?;
+    let scores = scores.reshape((s.batch, s.kv_heads, s.group, s.tokens, s.keys))?;
+    let mask = visible.additive_mask(s.tokens, s.keys, &scores)?;
+    let masked = (scores * scale as f64)?.broadcast_add(&mask)?;
+    let exp = masked.broadcast_sub(&masked.max_keepdim(D::Minus1)?)?.exp()?;
+    let weights = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
+    let weights = weights.reshape((s.batch, s.kv_heads, s.group * s.tokens, s.keys))?;
+    weights.matmul(&v.contiguous()?)?.reshape(q.shape())
+}
+
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    kv_heads: usize,
+    /// Query heads that share one key-value head.
+    group: usize,
+    tokens: usize,
+    keys: usize,
+    dim: usize,
+}
+
+impl Sizes {
+    fn new(q: &[usize], k: &[usize]) -> Result<Self> {
+        match (q, k) {
+            (&[batch, heads, tokens, dim], &[b, kv_heads, keys, d])
+                if (batch, dim) == (b, d) && kv_heads > 0 && heads % kv_heads == 0 =>
+            {
+                Ok(Sizes { batch, kv_heads, group: heads / kv_heads, tokens, keys, dim })
+            }
+            _ => candle_core::bail!("attention of queries {q:?} over keys {k:?}"),
+        }
+    }
+
+    /// Sequence, key-value head and query heads of one task.
+    fn task(&self, i: usize) -> (usize, usize, std::ops::Range<usize>) {
+        let (b, j) = (i / self.kv_heads, i % self.kv_heads);
+        (b, j, j * self.group..(j + 1) * self.group)
+    }
+}
+
+struct Attention {
+    scale: f32,
+    visible: Visibility,
+}
+
+impl Attention {
+    /// Softmax weights of one query head, row-major `tokens x keys`, into `weights`.
+    fn weights(&self, b: usize, q: Matrix<'_>, k: Matrix<'_>, weights: &mut [f32]) {
+        product(weights, false, q, k.t(), Threads::One);
+        for (i, row) in weights.chunks_mut(k.dims().0).enumerate() {
+            let (past, future) = row.split_at_mut(self.visible.offset + i + 1);
+            past[self.visible.hidden(b, i)].fill(f32::NEG_INFINITY);
+            softmax(past, self.scale);
+            future.fill(0.0);
+        }
+    }
+}
+
+fn softmax(row: &mut [f32], scale: f32) {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0f32;
+    for v in row.iter_mut() {
+        *v = ((*v - max) * scale).exp();
+        sum += *v;
+    }
+    let inverse = 1.0 / sum;
+    row.iter_mut().for_each(|v| *v *= inverse);
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "emaudit-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        lq: &Layout,
+        k: &CpuStorage,
+        lk: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let s = Sizes::new(lq.dims(), lk.dims())?;
+        let mut out = vec![0f32; lq.shape().elem_count()];
+        out.par_chunks_mut(s.group * s.tokens * s.dim).enumerate().try_for_each(|(task, out)| {
+            let (b, j, heads) = s.task(task);
+            let (k, v) = (Matrix::of(k, lk, &[b, j])?, Matrix::of(v, lv, &[b, j])?);
+            let mut weights = vec![0f32; s.tokens * s.keys];
+            for (h, out) in heads.zip(out.chunks_mut(s.tokens * s.dim)) {
+                self.weights(b, Matrix::of(q, lq, &[b, h])?, k, &mut weights);
+                let weights = Matrix::new(&weights, (s.tokens, s.keys), (s.keys, 1));
+                product(out, false, weights, v, Threads::One);
+            }
+            Ok::<_, candle_core::Error>(())
+        })?;
+        Ok((CpuStorage::F32(out), lq.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let s = Sizes::new(q.dims(), k.dims())?;
+        let mut dq = vec![0f32; q.elem_count()];
+        let (mut dk, mut dv) = (vec![0f32; k.elem_count()], vec![0f32; v.elem_count()]);
+        dq.par_chunks_mut(s.group * s.tokens * s.dim)
+            .zip(dk.par_chunks_mut(s.keys * s.dim))
+            .zip(dv.par_chunks_mut(s.keys * s.dim))
+            .enumerate()
+            .try_for_each(|(task, ((dq, dk), dv))| self.task_gradient(&s, task, [q, k, v, dy], dq, dk, dv))?;
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
+        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+    }
+}
+
+impl Attention {
+    fn task_gradient(
+        &self,
+        s: &Sizes,
+        task: usize,
+        tensors: [&Tensor; 4],
+        dq: &mut [f32],
+        dk: &mut [f32],
+        dv: &mut [f32],
+    ) -> Result<()> {
+        let (b, j, heads) = s.task(task);
+        let [q, k, v, dy] = tensors.map(Elements::of);
+        let (k, v) = (k.matrix(&[b, j])?, v.matrix(&[b, j])?);
+        let mut weights = vec![0f32; s.tokens * s.keys];
+        let mut dscores = vec![0f32; s.tokens * s.keys];
+        for (h, dq) in heads.zip(dq.chunks_mut(s.tokens * s.dim)) {
+            let (q, dy) = (q.matrix(&[b, h])?, dy.matrix(&[b, h])?);
+            self.weights(b, q, k, &mut weights);
+            product(&mut dscores, false, dy, v.t(), Threads::One);
+            for (w, d) in weights.chunks(s.keys).zip(dscores.chunks_mut(s.keys)) {
+                let dot: f32 = w.iter().zip(d.iter()).map(|(w, d)| w * d).sum();
+                d.iter_mut().zip(w).for_each(|(d, w)| *d = self.scale * w * (*d - dot));
+            }
+            let shape = ((s.tokens, s.keys), (s.keys, 1));
+            let dscores = Matrix::new(&dscores, shape.0, shape.1);
+            product(dv, true, Matrix::new(&weights, shape.0, shape.1).t(), dy, Threads::One);
+            product(dq, false, dscores, k, Threads::One);
+            product(dk, true, dscores.t(), q, Threads::One);
+        }
+        Ok(())
+    }
+}
