@@ -4,7 +4,7 @@
 //! use emaudit::directions::{Directions, OpenOptions};
 //! use emaudit::{Error, Status};
 //!
-//! let error = Directions::from_bytes(b"a note", &OpenOptions::default()).unwrap_err();
+//! let error = Directions::from_bytes(b"This is a note, and not a direction file.", &OpenOptions::default()).unwrap_err();
 //! assert!(matches!(error, Error::NotADirectionFile(_)));
 //! assert_eq!(error.status(), Status::NotADirectionFile);
 //! assert_eq!(error.status() as i32, 3);
