@@ -58,6 +58,7 @@ fn strangers() -> Vec<Attack> {
     vec![
         raw("an empty file", vec![], NotADirectionFile, "it is empty"),
         raw("a text", b"the quick brown fox".to_vec(), NotADirectionFile, "no safetensors header"),
+        raw("a short text", b"the quick".to_vec(), NotADirectionFile, "no safetensors header"),
         raw("another container", gguf, NotADirectionFile, "no safetensors header"),
         raw("a model's weights", weights.bytes(), NotADirectionFile, "without the metadata `emaudit.format`"),
     ]
@@ -74,10 +75,14 @@ fn structure() -> Vec<Attack> {
     huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     let mut not_utf8 = sound.bytes();
     not_utf8[20] = 0xff;
-    // Each is a way to write a character that no UTF-8 has: a surrogate, NUL in two bytes, one beyond U+10FFFF.
-    let odd = |bytes: &[u8]| {
-        let mut file = sound.bytes();
-        file[20..20 + bytes.len()].copy_from_slice(bytes);
+    // A value of the metadata that nobody reads, with these bytes in it.
+    let beside = |bytes: &[u8]| {
+        let mut forge = Forge::sound();
+        forge.metadata.push(("somebody.else".into(), quoted("<here>")));
+        let mut file = forge.bytes();
+        let at = file.windows(6).position(|w| w == b"<here>").expect("the value just written");
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        forge::state_digest(&mut file);
         file
     };
     let with = |text: String| sound.bytes_with_header(text);
@@ -88,10 +93,6 @@ fn structure() -> Vec<Attack> {
     let tensor_twice = header.replace("\"layer.3.direction\"", "\"layer.1.direction\"");
     let escaped = header.replace("\"layer.3.direction\"", "\"layer.\\u0031.direction\"");
     let deep = format!("{{\"a\":{}{}}}", "[".repeat(5000), "]".repeat(5000));
-    let nested = header.replacen('{', &format!("{{\"a\":{}1{},", "[".repeat(100), "]".repeat(100)), 1);
-    let huge_number = header.replacen('{', "{\"a\":1e309,", 1);
-    let lone = header.replacen('{', "{\"\\ud800\":1,", 1);
-    let bell = header.replacen('{', "{\"\u{7}\":1,", 1);
     let null = "{\"__metadata__\":null}".to_string();
     let in_tensor = header.replacen("\"dtype\":\"F32\"", "\"dtype\":\"F32\",\"dtype\":\"F32\"", 1);
     vec![
@@ -105,10 +106,13 @@ fn structure() -> Vec<Attack> {
         raw("a header longer than the file", promise, Truncated, "1048584 bytes are needed"),
         raw("a header of 2^64 - 1 bytes", huge, Malformed, "the most allowed is 16777216"),
         raw("a header that is not UTF-8", not_utf8, Malformed, "not UTF-8 at its byte 12"),
-        raw("a surrogate in UTF-8", odd(b"\xed\xa0\x80"), Malformed, "not UTF-8 at its byte 12"),
-        raw("a NUL in two bytes", odd(b"\xc0\x80"), Malformed, "not UTF-8 at its byte 12"),
-        raw("a character beyond Unicode", odd(b"\xf4\x90\x80\x80"), Malformed, "not UTF-8 at its byte 12"),
-        raw("a character cut short", odd(b"\xe2\x82"), Malformed, "not UTF-8 at its byte 12"),
+        raw("a surrogate in UTF-8", beside(b"\xed\xa0\x80"), Malformed, "not UTF-8 at its byte"),
+        raw("a NUL in two bytes", beside(b"\xc0\x80"), Malformed, "not UTF-8 at its byte"),
+        raw("a character beyond Unicode", beside(b"\xf4\x90\x80\x80"), Malformed, "not UTF-8 at its byte"),
+        raw("a character cut short", beside(b"\xe2\x82"), Malformed, "not UTF-8 at its byte"),
+        raw("half a character", beside(b"\\ud800"), Malformed, "not strict JSON"),
+        raw("the other half", beside(b"\\udc00"), Malformed, "not strict JSON"),
+        raw("a raw control character", beside(b"\x1f"), Malformed, "control character"),
         raw(
             "white space before the header",
             with(format!(" {header}")),
@@ -119,10 +123,6 @@ fn structure() -> Vec<Attack> {
         raw("two headers", with(format!("{header}{{}}")), Malformed, "trailing characters"),
         raw("JSON that ends early", with(header[..header.len() - 1].to_string()), Malformed, "strict JSON"),
         raw("nesting without end", with(deep), Malformed, "deeper than 100 levels"),
-        raw("one level too many", with(nested), Malformed, "deeper than 100 levels"),
-        raw("a number beyond binary64", with(huge_number), Malformed, "number out of range"),
-        raw("half a character", with(lone), Malformed, "not strict JSON"),
-        raw("a raw control character", with(bell), Malformed, "control character"),
         raw("metadata that is null", with(null), Malformed, "invalid type: null"),
         raw("two metadata", with(twice), Malformed, "duplicate key `__metadata__`"),
         raw("two versions", with(version_twice), Malformed, "duplicate key `emaudit.format`"),
@@ -143,6 +143,8 @@ fn metadata() -> Vec<Attack> {
     let escaped = Forge::sound().header().replace("emaudit.content_sha256", "emaudit.content\\u005fsha256");
     let key_twice = |f: &mut Forge| f.metadata.push(("x\"emaudit.content_sha256".into(), quoted("")));
     let twice_inside = manifest().to_string().replacen("{", "{\"site\":\"resid_post\",", 1);
+    let deep = format!("{{\"future\":{}1{},", "[".repeat(100), "]".repeat(100));
+    let nested = manifest().to_string().replacen('{', &deep, 1);
     let infinite = manifest().to_string().replacen('{', "{\"future\":[-1e999],", 1);
     let wrong_digest = quoted(&"7".repeat(64));
     let upper = quoted(&"A".repeat(64));
@@ -177,6 +179,9 @@ fn metadata() -> Vec<Attack> {
         forged("a manifest that is no JSON", Malformed, "begin with `{`", with("emaudit.manifest", "\"x\"")),
         forged("a manifest with a key twice", Malformed, "duplicate key `site`", {
             with("emaudit.manifest", &quoted(&twice_inside))
+        }),
+        forged("one level too many", Malformed, "deeper than 100 levels", {
+            with("emaudit.manifest", &quoted(&nested))
         }),
         forged("a manifest beyond binary64", Malformed, "number out of range", {
             with("emaudit.manifest", &quoted(&infinite))
@@ -301,6 +306,7 @@ fn identity() -> Vec<Attack> {
         stated("a word in an object", "/site", json!({"resid_post": null}), "invalid type: map"),
         stated("a width with a point", "/model/hidden_size", json!(5.0), "invalid type: floating point"),
         stated("a width beyond u32", "/model/hidden_size", json!(1u64 << 32), "invalid value"),
+        stated("a vocabulary beyond u32", "/model/vocab_size", json!((1u64 << 32) + 100), "invalid value"),
         stated("a terminal's escape", "/model/name", json!("\u{1b}[2J"), "model.name is \"\\u{1b}[2J\""),
         stated("no width", "/model/hidden_size", json!(0), "model.hidden_size is 0, it must be at least 1"),
         stated("no blocks", "/model/n_layers", json!(0), "model.n_layers is 0"),
@@ -355,6 +361,7 @@ fn calibration() -> Vec<Attack> {
             json!(98),
             "calibrate on more sequences",
         ),
+        at("a rate a millionth too rare", "thresholds/2/rate", json!(0.999_999 / 401.0), "at least 1 / (seq"),
         at(
             "a bound better than the sample",
             "thresholds/2/rate_upper",
@@ -374,7 +381,9 @@ fn calibration() -> Vec<Attack> {
 
 /// The two axes of evidence.
 fn evidence() -> Vec<Attack> {
-    let at = |name, rest: &str, value, sentence| stated(name, &format!("/evidence/{rest}"), value, sentence);
+    let at = |name, rest: &str, value, sentence| {
+        stated(name, format!("/evidence/{rest}").trim_end_matches('/'), value, sentence)
+    };
     let causal = |earned: &'static str| match earned {
         "untested" => "evidence.causal is \"specific\", it must be `untested`",
         _ => "evidence.causal is \"specific\", it must be `nonspecific`",
@@ -390,6 +399,28 @@ fn evidence() -> Vec<Attack> {
         families[3]["controls"][7]["effect"] = json!(0.25);
         families[3]["rank_p"] = json!(2.0 / 40.0);
         families
+    };
+    let nowhere = json!({
+        "causal": "untested", "content": "nonspecific", "families": [],
+        "content_test": manifest()["evidence"]["content_test"],
+    });
+    let harm = {
+        let mut evidence = manifest()["evidence"].clone();
+        evidence["effect"] = json!(-0.1);
+        for family in evidence["families"].as_array_mut().expect("families") {
+            family["controls"]
+                .as_array_mut()
+                .expect("controls")
+                .iter_mut()
+                .for_each(|c| c["effect"] = json!(-1));
+        }
+        evidence
+    };
+    let wide_seed = {
+        let mut forge = Forge::sound();
+        let text = manifest().to_string().replacen("\"seed\":38", "\"seed\":18446744073709551616", 1);
+        forge.set_metadata("emaudit.manifest", &quoted(&text));
+        forge.bytes()
     };
     let three = Value::from(manifest()["evidence"]["families"].as_array().expect("families")[..3].to_vec());
     vec![
@@ -413,6 +444,9 @@ fn evidence() -> Vec<Attack> {
         ),
         at("a family without name", "families/1/family", json!(""), "evidence.families: family is \"\""),
         at("controls without effect", "effect", Value::Null, "evidence.effect is None"),
+        at("a content test nowhere", "", nowhere, "evidence.cell is None"),
+        at("harm that beats its controls", "", harm, causal("nonspecific")),
+        raw("a seed beyond u64", wide_seed, Status::Schema, "invalid type: floating point"),
         at("a measurement nowhere", "cell", Value::Null, "evidence.cell is None"),
         at("a cell in another layer", "cell/layer", json!(2), "evidence.cell.layer is 2"),
         at("a cell as a list", "cell", json!([3, 1.5, "all"]), "invalid type: sequence"),

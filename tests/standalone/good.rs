@@ -133,6 +133,13 @@ fn forged() -> Vec<(String, Vec<u8>)> {
     let escapes = "\"\\u0061 \\ud83d\\ude00 \\u00e9\\/\\\"\\\\ \u{1f600}\u{3000}.\"";
     text("escapes", plain.replace("\"a model of four blocks\"", escapes), &mut add);
     text("nothing optional", minimal().to_string(), &mut add);
+    let edges = plain.replace("\"vocab_size\":100", "\"vocab_size\":4294967295");
+    let edges = edges.replace("\"rate\":0.01,", "\"rate\":0.0024937655860349127,");
+    text(
+        "numbers at the edge of their ranges",
+        edges.replace("\"seed\":38", "\"seed\":18446744073709551615"),
+        &mut add,
+    );
     text("nulls", plain.replace("\"top_dimension_share\":0.25", "\"top_dimension_share\":null"), &mut add);
     files
 }

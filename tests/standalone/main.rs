@@ -274,7 +274,7 @@ fn identities(script: &mut Script, directions: &Directions) {
     check("another architecture", site, &|m| m.architecture += "2");
     check("another width", site, &|m| m.hidden_size += 1);
     check("another depth", site, &|m| m.n_layers += 1);
-    check("another vocabulary", site, &|m| m.vocab_size += 1);
+    check("another vocabulary", site, &|m| m.vocab_size ^= 1);
     check("another tokenizer", site, &|m| m.tokenizer_digest = "0".repeat(64));
 }
 
