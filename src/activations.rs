@@ -178,6 +178,18 @@ impl Layout {
 /// Rows to read. Shape `rows x cols`, any row stride (rows may overlap or repeat).
 ///
 /// `Copy`, `Send` and `Sync`, as a shared slice is.
+/// ```
+/// use emaudit::{Dtype, Rows};
+/// use half::bf16;
+///
+/// // Two rows of 3, each padded to 4.
+/// let buffer = [1.0, 2.0, 3.0, 0.0, 4.0, 5.0, 6.0, 0.0].map(bf16::from_f32);
+/// let rows = Rows::new(&buffer, 2, 3, 4)?;
+/// assert_eq!((rows.rows(), rows.cols(), rows.dtype()), (2, 3, Dtype::Bf16));
+/// assert_eq!(rows.row::<bf16>(1), &buffer[4..7]);
+/// assert!(Rows::new(&buffer, 3, 3, 4).is_err()); // the buffer is too short for three
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
     data: *const u8,
@@ -253,6 +265,16 @@ impl<'a> Rows<'a> {
 /// Rows to edit in place. Shape `rows x cols`; rows never overlap (`row_stride >= cols` when there are several).
 ///
 /// `Send`; an exclusive borrow, as a mutable slice is.
+/// ```
+/// use emaudit::RowsMut;
+///
+/// let mut buffer = [1.0f32, 2.0, 3.0, 4.0];
+/// let mut rows = RowsMut::new(&mut buffer, 2, 2, 2)?;
+/// rows.row_mut::<f32>(1)[0] = 30.0;
+/// assert_eq!(rows.as_rows().row::<f32>(1), [30.0, 4.0]);
+/// assert!(RowsMut::new(&mut buffer, 3, 2, 1).is_err()); // rows to edit never overlap
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct RowsMut<'a> {
     data: *mut u8,

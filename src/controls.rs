@@ -3,6 +3,19 @@
 //! Every control has the norm of the direction `v` it stands against. The arithmetic is f64 in a fixed order without
 //! fused operations, and randomness is [`SplitMix64`], so a seed gives the same bytes on every platform.
 //! All functions are pure; vectors are f32 of the width of `v`, in activation units.
+//!
+//! ```
+//! use emaudit::controls;
+//!
+//! let v = [3.0f32, 0.0, 4.0, 0.0];
+//! let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+//! let random = controls::random(&v, 7);
+//! assert_eq!(random, controls::random(&v, 7)); // the same on every machine
+//! assert!((norm(&random) - norm(&v)).abs() < 1e-5);
+//! let orthogonal = controls::orthogonal(&v, 7);
+//! let along: f32 = orthogonal.iter().zip(&v).map(|(a, b)| a * b).sum();
+//! assert!(along.abs() < 1e-4);
+//! ```
 
 use crate::error::{Error, Result};
 

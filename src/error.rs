@@ -1,4 +1,15 @@
 //! One error type. Every variant has a numeric status that never moves, so C callers can rely on it.
+//!
+//! ```
+//! use emaudit::directions::{Directions, OpenOptions};
+//! use emaudit::{Error, Status};
+//!
+//! let error = Directions::from_bytes(b"a note", &OpenOptions::default()).unwrap_err();
+//! assert!(matches!(error, Error::NotADirectionFile(_)));
+//! assert_eq!(error.status(), Status::NotADirectionFile);
+//! assert_eq!(error.status() as i32, 3);
+//! println!("{error}"); // the cause and, where there is one, the mend
+//! ```
 
 use std::path::PathBuf;
 

@@ -23,6 +23,8 @@
 //! # Ok::<(), emaudit::Error>(())
 //! ```
 
+#![deny(missing_docs)]
+
 pub mod activations;
 pub mod controls;
 pub mod directions;

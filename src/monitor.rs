@@ -15,6 +15,26 @@ const SAME_RATE: f64 = 1e-9;
 /// Fails closed: no token, or a score that is not finite, is [`State::Invalid`], until [`Monitor::reset`].
 ///
 /// `Send`; belongs to one thread at a time. Nothing allocates after [`Monitor::new`].
+/// ```
+/// use emaudit::directions::schema::Aggregation;
+/// use emaudit::{Monitor, Probe, State};
+/// use std::sync::Arc;
+///
+/// # let directions = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/directions/example.rs"));
+/// // `directions` was opened with `Directions::open`; it has thresholds for 2 and 4 tokens at a rate of 1 %.
+/// let probe = Probe::new(Arc::new(directions), 1)?;
+/// let mut monitor = Monitor::new(&probe, Aggregation::Mean, 0.01)?;
+/// assert_eq!(monitor.verdict().state, State::Invalid); // nothing seen is not "clean"
+/// monitor.push(0.5);
+/// assert_eq!(monitor.verdict().state, State::Pending); // the first threshold is for 2 tokens
+/// monitor.push_scores(&[0.5, 8.0, 8.0]);
+/// let verdict = monitor.verdict();
+/// assert_eq!((verdict.state, verdict.tokens, verdict.horizon), (State::Flagged, 4, 4));
+/// assert_eq!(verdict.misalignment, 0u32); // the content evidence of this file is untested
+/// // Rates without a threshold are refused.
+/// assert!(Monitor::new(&probe, Aggregation::Mean, 0.001).is_err());
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Monitor {
     aggregation: Aggregation,

@@ -49,6 +49,26 @@ pub enum RowStatus {
 ///
 /// Immutable, `Send` and `Sync`; a clone shares everything. Keeps its directions alive.
 /// Scoring never allocates, locks or blocks.
+/// ```
+/// use emaudit::{Probe, Rows, RowStatus, ScoreUnit};
+/// use std::sync::Arc;
+///
+/// # let directions = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/directions/example.rs"));
+/// // `directions` was opened with `Directions::open`; its layer 1 has v = [0, 3, 4] and sigma 0.5.
+/// let probe = Probe::new(Arc::new(directions), 1)?;
+/// let activations = [1.0f32, 1.0, 1.0, /* row 1: */ 1.0, 4.0, 5.0, /* row 2: */ 1.0, f32::NAN, 1.0];
+/// let rows = Rows::new(&activations, 3, probe.width(), 3)?;
+/// let (mut scores, mut status) = ([0.0f32; 3], [RowStatus::Ok; 3]);
+/// let result = probe.score(&rows, ScoreUnit::AlignedSd, &mut scores, Some(&mut status));
+///
+/// // The bad row is flagged and has no score; the others were scored all the same.
+/// assert_eq!(result.unwrap_err().status(), emaudit::Status::NonFinite);
+/// assert_eq!(status, [RowStatus::Ok, RowStatus::Ok, RowStatus::NonFinite]);
+/// // Row 0 is the aligned mean, row 1 lies 5 units further along v. Rounding: `Probe::error_bound`.
+/// let tolerance = (probe.error_bound(6.5) / probe.sigma()) as f32 + 10.0 * f32::EPSILON;
+/// assert!(scores[0].abs() <= tolerance && (scores[1] - 10.0).abs() <= tolerance && scores[2].is_nan());
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Probe {
     inner: Arc<Inner>,

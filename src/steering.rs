@@ -67,6 +67,30 @@ pub struct SteerReport {
 
 /// Steers rows with one probe's direction. Immutable, `Send` and `Sync`; a clone shares the vectors.
 /// Steering never allocates, locks or blocks.
+/// ```
+/// use emaudit::{Operation, Probe, RowsMut, ScoreUnit, Steering, SteeringOptions};
+/// use std::sync::Arc;
+///
+/// # let directions = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/directions/example.rs"));
+/// // `directions` was opened with `Directions::open`; its evidence is untested, so steering needs the flag.
+/// let probe = Probe::new(Arc::new(directions), 1)?;
+/// let clamp = Operation::Clamp { ceiling: 2.0 };
+/// assert!(Steering::new(&probe, SteeringOptions::new(clamp)).is_err());
+/// let options = SteeringOptions { allow_nonspecific: true, ..SteeringOptions::new(clamp) };
+/// let steering = Steering::new(&probe, options)?;
+///
+/// let mut activations = [1.0f32, 1.0, 1.0, /* row 1: */ 1.0, 4.0, 5.0];
+/// let mut rows = RowsMut::new(&mut activations, 2, 3, 3)?;
+/// let mut scores = [0.0f32; 2]; // of the rows as they were
+/// let report = steering.score_and_apply(&mut rows, ScoreUnit::AlignedSd, &mut scores, None, None)?;
+/// assert_eq!((report.rows, report.touched), (2, 1)); // only row 1 was above the ceiling
+/// assert_eq!(&activations[..3], [1.0, 1.0, 1.0]);
+///
+/// let mut after = [0.0f32; 2];
+/// probe.score(&emaudit::Rows::new(&activations, 2, 3, 3)?, ScoreUnit::AlignedSd, &mut after, None)?;
+/// assert!((after[1] - 2.0).abs() < 1e-5);
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Steering {
     probe: Probe,

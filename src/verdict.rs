@@ -15,7 +15,16 @@ pub enum State {
     Flagged = 3,
 }
 
-/// A verdict, laid out as C has it (88 bytes, no padding).
+/// A verdict, laid out as C has it (88 bytes, no padding). A [`Monitor`](crate::Monitor) makes it.
+///
+/// ```
+/// use emaudit::{State, Verdict};
+///
+/// let unknown = Verdict::default();
+/// assert_eq!(unknown.state, State::Invalid); // memory that nobody filled is never "clean"
+/// let let_through = matches!(unknown.state, State::Clean | State::Pending);
+/// assert!(!let_through);
+/// ```
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Verdict {

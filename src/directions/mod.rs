@@ -69,6 +69,25 @@ impl Default for OpenOptions {
 }
 
 /// An opened direction file. Immutable, so it may be shared between threads through an `Arc`.
+/// ```
+/// use emaudit::directions::schema::{IdentityMatch, ModelIdentity};
+///
+/// # let directions = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/directions/example.rs"));
+/// // `directions` was opened with `Directions::open`.
+/// assert_eq!(directions.width(), 3);
+/// assert!(directions.layers().eq([1]));
+/// let layer = directions.layer(1)?;
+/// assert_eq!((layer.direction[2], layer.calibration.sigma), (4.0, 0.5));
+///
+/// // Before the first probe: is this the model the directions were made for?
+/// let model = &directions.manifest().model;
+/// assert_eq!(model.check(model)?, IdentityMatch::Exact);
+/// let requantised = ModelIdentity { quantization: "gguf-q4_1".into(), ..model.clone() };
+/// assert_eq!(model.check(&requantised)?, IdentityMatch::Variant);
+/// let other = ModelIdentity { architecture: "qwen2".into(), ..model.clone() };
+/// assert!(model.check(&other).is_err());
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Directions {
     manifest: Manifest,

@@ -26,6 +26,21 @@ pub struct LayerTensors<'a> {
 /// # Errors
 /// [`Error::Schema`] where the manifest breaks a rule of [`Manifest::validate`] or a tensor is not finite or
 /// zero; [`Error::InvalidArgument`] where the layers are not the manifest's; [`Error::WidthMismatch`].
+/// # Examples
+/// ```
+/// use emaudit::directions::{Directions, LayerTensors, OpenOptions, to_bytes};
+///
+/// # let directions = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/directions/example.rs"));
+/// // Another direction under the manifest of `directions`.
+/// let layer = LayerTensors { layer: 1, direction: &[1.0, 0.0, 2.0], aligned_mean: &[0.0; 3] };
+/// let bytes = to_bytes(directions.manifest(), &[layer])?;
+/// let back = Directions::from_bytes(&bytes, &OpenOptions::default())?;
+/// assert_eq!(back.layer(1)?.direction, [1.0, 0.0, 2.0].as_slice());
+/// // The writer refuses what the reader would.
+/// let zero = LayerTensors { direction: &[0.0; 3], ..layer };
+/// assert!(to_bytes(directions.manifest(), &[zero]).is_err());
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 pub fn to_bytes(manifest: &Manifest, layers: &[LayerTensors<'_>]) -> Result<Vec<u8>> {
     manifest.validate()?;
     let layers = in_manifest_order(manifest, layers)?;

@@ -118,6 +118,17 @@ impl Scored for bf16 {
 /// A kernel this CPU runs: a finished table of functions. `Copy`, `Send` and `Sync`; calls never allocate or lock.
 ///
 /// Every method panics when row and direction differ in length.
+/// ```
+/// use emaudit::kernel::{self, Kernel, KernelKind};
+///
+/// assert_eq!(kernel::available().first(), Some(&KernelKind::Scalar)); // slowest first
+/// assert_eq!(kernel::available().last(), Some(&kernel::best()));
+/// for kind in kernel::available() {
+///     let kernel = Kernel::of(*kind)?;
+///     assert_eq!(kernel.dot(&[1.0f32, 2.0], &[3.0, 4.0]), 11.0);
+/// }
+/// # Ok::<(), emaudit::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct Kernel(&'static Table);
 

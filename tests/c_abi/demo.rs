@@ -1,13 +1,12 @@
 //! tests/c/demo_check.c on generated data, as the demo runs it on real activations.
 
 use super::fixture::{self, LAYER, WIDTH};
-use super::toolchain::{Linkage, Standard, build, run};
+use super::toolchain::{Build, Linkage, Standard, run};
 use emaudit::activations::Rows;
 use emaudit::directions::{Directions, OpenOptions};
 use emaudit::kernel;
 use emaudit::probe::{Probe, ScoreUnit};
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
 const ROWS: usize = 33;
@@ -31,12 +30,13 @@ fn scores(directory: &Path, kernel: kernel::KernelKind, rows: &[f32]) -> Vec<f32
 fn demo_check_agrees_on_every_kernel_and_notices_a_wrong_bit() {
     let directory = tempfile::tempdir().unwrap();
     fixture::write_all(directory.path());
-    let program = build(directory.path(), "demo", Standard::C11, Linkage::Shared, &["tests/c/demo_check.c"]);
+    let program =
+        Build::new(Standard::C11, Linkage::Shared).run(directory.path(), "demo", &["tests/c/demo_check.c"]);
     let rows: Vec<f32> = fixture::values(ROWS * WIDTH, 9).iter().map(|x| x * 3.0).collect();
     let at = |name: &str| directory.path().join(name);
     std::fs::write(at("activations.bin"), little_endian(&[ROWS, WIDTH], &rows)).unwrap();
     let check = |kernel: &str| {
-        let mut command = Command::new(&program);
+        let mut command = program.command();
         command.arg(at("specific.safetensors")).arg(at("activations.bin")).arg(at("scores.bin"));
         command.arg(LAYER.to_string()).arg(kernel);
         command

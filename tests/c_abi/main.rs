@@ -1,9 +1,13 @@
 //! The C ABI from outside: C and C++ programs are compiled against the committed headers, linked with the
-//! shared and with the static library, and run.
+//! shared and with the static library or loading it themselves, and run.
 
 mod allocation;
+mod cmake;
 mod demo;
 mod fixture;
 mod header;
+mod layout;
 mod programs;
+mod surface;
+mod symbols;
 mod toolchain;

@@ -1,5 +1,6 @@
 //! Finds the compilers and the freshly built libraries, and runs programs.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -15,7 +16,10 @@ const SANITIZE: &str = "EMAUDIT_SANITIZE";
 /// What a program with the thread sanitizer needs besides its own sources.
 const THREAD_SANITIZER: &str = "tests/c/thread_sanitizer.c";
 
-/// A language standard, which decides the compiler.
+/// Makes a missing optional tool a failure, for machines that must run everything.
+const NO_SKIP: &str = "EMAUDIT_NO_SKIP";
+
+/// A language standard, which decides the language.
 #[derive(Clone, Copy, Debug)]
 pub enum Standard {
     C11,
@@ -24,7 +28,30 @@ pub enum Standard {
     Cpp20,
 }
 
+/// Whose compiler.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Family {
+    /// `cc` and `c++`, or what `CC` and `CXX` name.
+    System,
+    Clang,
+}
+
+impl Family {
+    /// Those that are here; a missing clang is reported.
+    pub fn available() -> Vec<Family> {
+        let mut list = vec![Family::System];
+        if tool("clang") && tool("clang++") {
+            list.push(Family::Clang);
+        }
+        list
+    }
+}
+
 impl Standard {
+    pub fn is_c(self) -> bool {
+        matches!(self, Standard::C11 | Standard::C17)
+    }
+
     fn flag(self) -> &'static str {
         match self {
             Standard::C11 => "-std=c11",
@@ -35,12 +62,12 @@ impl Standard {
     }
 
     /// A command that compiles this language with all warnings.
-    pub fn compiler(self) -> Command {
-        let (variable, default) = match self {
-            Standard::C11 | Standard::C17 => ("CC", "cc"),
-            Standard::Cpp17 | Standard::Cpp20 => ("CXX", "c++"),
+    pub fn compiler(self, family: Family) -> Command {
+        let (variable, default) = if self.is_c() { ("CC", "cc") } else { ("CXX", "c++") };
+        let name = match family {
+            Family::System => std::env::var(variable).unwrap_or_else(|_| default.to_owned()),
+            Family::Clang => String::from(if self.is_c() { "clang" } else { "clang++" }),
         };
-        let name = std::env::var(variable).unwrap_or_else(|_| default.to_owned());
         if let Err(reason) = Command::new(&name).arg("--version").output() {
             panic!(
                 "the C ABI tests need a compiler: cannot run `{name}` ({reason}); install one or set {variable}"
@@ -56,11 +83,41 @@ impl Standard {
     }
 }
 
+/// Whether an optional tool is here. If not, it says so in a line of its own, which `.ci/run` counts.
+pub fn tool(name: &str) -> bool {
+    let found = Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success());
+    if !found {
+        assert!(std::env::var_os(NO_SKIP).is_none(), "{name} is not installed, and {NO_SKIP} is set");
+        // Past the test harness, which keeps what a passing test prints.
+        let _ = writeln!(std::io::stderr(), "\nskipped: tests with {name}: it is not installed");
+    }
+    found
+}
+
 /// How a program gets the library.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Linkage {
     Shared,
     Static,
+    /// By the program itself, at run time: `EMAUDIT_DYNAMIC`.
+    Loaded,
+}
+
+/// A program and the directory that holds the shared library by its SONAME and nothing else.
+pub struct Program {
+    pub path: PathBuf,
+    pub library_directory: PathBuf,
+    linkage: Linkage,
+}
+
+impl Program {
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.path);
+        if self.linkage == Linkage::Loaded {
+            command.env("LD_LIBRARY_PATH", &self.library_directory);
+        }
+        command
+    }
 }
 
 /// The package's directory.
@@ -90,36 +147,50 @@ pub fn shared_library() -> PathBuf {
     library(&format!("{}emaudit{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX))
 }
 
-/// Compiles `sources` (relative to the package) into `directory/name` and links the library.
-///
-/// The shared library is found at run time by its SONAME alone, in a directory that holds nothing else.
-pub fn build(
-    directory: &Path,
-    name: &str,
-    standard: Standard,
-    linkage: Linkage,
-    sources: &[&str],
-) -> PathBuf {
-    let program = directory.join(format!("{name}-{linkage:?}"));
-    let mut compiler = standard.compiler();
-    compiler.arg("-o").arg(&program).args(sources.iter().map(|source| root().join(source)));
-    if std::env::var(SANITIZE).is_ok_and(|sanitizers| sanitizers == "thread") {
-        compiler.arg(root().join(THREAD_SANITIZER));
+/// The file name by which programs find the shared library.
+pub fn soname() -> String {
+    let name = format!("libemaudit.so.{}", emaudit::ffi::version::EMAUDIT_ABI_VERSION);
+    if cfg!(target_os = "linux") { name } else { "libemaudit.dylib".into() }
+}
+
+/// What to build besides the sources.
+#[derive(Clone, Copy)]
+pub struct Build<'a> {
+    pub standard: Standard,
+    pub family: Family,
+    pub linkage: Linkage,
+    pub flags: &'a [&'a str],
+}
+
+impl Build<'_> {
+    pub fn new(standard: Standard, linkage: Linkage) -> Self {
+        Build { standard, family: Family::System, linkage, flags: &[] }
     }
-    match linkage {
-        Linkage::Shared => {
-            let library = shared_library();
-            let found_at = directory.join(format!("{name}-run"));
-            std::fs::create_dir(&found_at).unwrap();
-            let soname = format!("libemaudit.so.{}", emaudit::ffi::version::EMAUDIT_ABI_VERSION);
-            let alias = if cfg!(target_os = "linux") { soname.as_str() } else { "libemaudit.dylib" };
-            std::fs::copy(&library, found_at.join(alias)).unwrap();
-            compiler.arg(library).arg(format!("-Wl,-rpath,{}", found_at.display()));
+
+    /// Compiles `sources` (relative to the package) into `directory/name` and links the library.
+    ///
+    /// The shared library is found at run time by its SONAME alone.
+    pub fn run(self, directory: &Path, name: &str, sources: &[&str]) -> Program {
+        let path = directory.join(name);
+        let mut compiler = self.standard.compiler(self.family);
+        compiler.args(self.flags).arg("-o").arg(&path);
+        compiler.args(sources.iter().map(|source| root().join(source)));
+        if std::env::var(SANITIZE).is_ok_and(|sanitizers| sanitizers == "thread") {
+            compiler.arg(root().join(THREAD_SANITIZER));
         }
-        Linkage::Static => {
-            compiler.arg(library("libemaudit.a"));
+        let library_directory = directory.join(format!("{name}-run"));
+        if self.linkage != Linkage::Static {
+            std::fs::create_dir(&library_directory).unwrap();
+            std::fs::copy(shared_library(), library_directory.join(soname())).unwrap();
         }
+        match self.linkage {
+            Linkage::Shared => {
+                compiler.arg(shared_library()).arg(format!("-Wl,-rpath,{}", library_directory.display()))
+            }
+            Linkage::Static => compiler.arg(library("libemaudit.a")),
+            Linkage::Loaded => compiler.arg("-DEMAUDIT_DYNAMIC"),
+        };
+        run(compiler.args(SYSTEM_LIBRARIES));
+        Program { path, library_directory, linkage: self.linkage }
     }
-    run(compiler.args(SYSTEM_LIBRARIES));
-    program
 }

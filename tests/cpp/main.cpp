@@ -1,11 +1,18 @@
 // The C++ interface over the fixtures in argv[1].
 #include "handles.hpp"
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <thread>
 #include <type_traits>
+#if defined(__has_include) && __has_include(<version>)
+#include <version>
+#endif
+#ifdef __cpp_lib_span
+#include <span>
+#endif
 
 using emaudit::Status;
 
@@ -32,6 +39,8 @@ void test_open(const std::string &fixtures) {
   auto info = good->info();
   CHECK(info && info->width == width && info->verified && info->layers == std::vector<std::uint32_t>({1, layer}));
   CHECK(info->causal == emaudit::Specificity::untested && info->site == emaudit::Site::resid_post);
+  CHECK(info->pooling == emaudit::Pooling::last_prompt && info->contrast == emaudit::Contrast::adapter_minus_base);
+  CHECK(info->estimator == emaudit::Estimator::mean_difference);
 
   emaudit::OpenOptions options;
   options.mode = emaudit::Mode::mapped;
@@ -45,23 +54,47 @@ void test_open(const std::string &fixtures) {
   CHECK(std::strstr(truncated.error().message(), "bytes") != nullptr);
   CHECK(emaudit::Directions::open(fixtures + "/absent.safetensors").status() == Status::io);
   CHECK(emaudit::Directions::from_bytes(nullptr, 0).status() == Status::not_a_direction_file);
+  const std::vector<std::uint8_t> text = {'n', 'o', 't', 'e', 's', 0, 0, 0, 0};
+  CHECK(!emaudit::Directions::from_bytes(text));
   CHECK(std::strcmp(emaudit::name(Status::truncated), "TRUNCATED") == 0);
+}
+
+void test_layers(const std::string &fixtures) {
+  auto directions = emaudit::Directions::open(fixtures + "/good.safetensors");
+  auto info = directions->layer(layer);
+  CHECK(info && info->layer == layer && info->sequences == 400 && info->sigma == 0.25);
+  CHECK(info->thresholds.size() == 3);
+  const emaudit::Threshold &threshold = info->thresholds[1];
+  CHECK(threshold.aggregation == emaudit::Aggregation::mean && threshold.horizon == 4 && threshold.sequences == 400);
+  CHECK(threshold.rate == 0.01 && threshold.rate_upper == 0.02 && threshold.z == 2.0);
+  CHECK(directions->layer(2).status() == Status::layer_not_found);
+
+  std::vector<float> direction(width);
+  std::array<float, width> mean{};
+  CHECK(directions->copy_vectors(layer, direction, mean) && direction[0] != 0.0f && mean[0] != 0.0f);
+  CHECK(directions->copy_vectors(layer, {}, mean));
+  CHECK(directions->copy_vectors(layer, {direction.data(), width - 1}).status() == Status::width_mismatch);
+  CHECK(directions->copy_vectors(layer, {direction.data(), 3}, mean).status() == Status::invalid_argument);
+  CHECK(directions->copy_vectors(2, direction).status() == Status::layer_not_found);
+}
+
+void test_kernels() {
+  auto kernels = emaudit::kernels();
+  CHECK(kernels && (*kernels)[0] == emaudit::Kernel::scalar);
+  for (const emaudit::Kernel kernel : *kernels) {
+    CHECK(emaudit::kernel_from_name(emaudit::name(kernel)).value() == kernel);
+  }
+  CHECK(emaudit::kernel_from_name(std::string("abacus")).status() == Status::kernel_unavailable);
 }
 
 void test_identity(const std::string &fixtures) {
   auto directions = emaudit::Directions::open(fixtures + "/good.safetensors");
-  emaudit_model_identity raw = EMAUDIT_MODEL_IDENTITY_INIT;
-  CHECK(emaudit_directions_get_identity(directions->get(), &raw, nullptr) == EMAUDIT_STATUS_OK);
-  emaudit::ModelIdentity model;
-  model.architecture = raw.architecture;
-  model.hidden_size = raw.hidden_size;
-  model.n_layers = raw.n_layers;
-  model.vocab_size = raw.vocab_size;
-  model.tokenizer_digest = raw.tokenizer_digest;
-  CHECK(directions->check_model(model).value() == emaudit::Identity::variant);
-  model.weights_digest = raw.weights_digest;
-  model.quantization = raw.quantization;
+  auto model = directions->model().value();
+  CHECK(model.architecture == "llama" && model.hidden_size == width && !model.name.empty());
+  CHECK(model.tokenizer_digest == std::string(64, '1') && model.site == emaudit::Site::resid_post);
   CHECK(directions->check_model(model).value() == emaudit::Identity::exact);
+  model.weights_digest.reset();
+  CHECK(directions->check_model(model).value() == emaudit::Identity::variant);
   model.n_layers += 1;
   CHECK(directions->check_model(model).status() == Status::model_mismatch);
 }
@@ -70,31 +103,95 @@ void test_score(const emaudit::Probe &probe) {
   CHECK(probe.width() == width && probe.layer() == layer && probe.kernel() != emaudit::Kernel::best);
   std::vector<float> data = make_rows(3);
   std::vector<float> z(3), raw(3);
-  CHECK(probe.score(emaudit::Rows::f32(data.data(), 3, width), z.data()));
-  CHECK(probe.score(emaudit::Rows::f32(data.data(), 3, width), raw.data(), emaudit::Unit::raw));
+  const emaudit::Rows rows = emaudit::Rows::f32(data, 3, width);
+  CHECK(probe.score(rows, z) && probe.score(rows, {raw.data(), 3}, emaudit::Unit::raw));
   const float sigma = raw[0] / z[0];
   CHECK(std::fabs(raw[2] / z[2] - sigma) < 1e-4f * sigma);
-  CHECK(probe.score(emaudit::Rows::f32(data.data(), 3, width - 1), z.data()).status() == Status::width_mismatch);
+  CHECK(probe.score(emaudit::Rows::f32(data, 3, width - 1), z).status() == Status::width_mismatch);
+  auto bound = probe.error_bound(100.0);
+  CHECK(bound && *bound > 0.0 && *bound < 1e-2);
+  CHECK(probe.error_bound(-1.0).status() == Status::invalid_argument);
 
   data[width] = std::numeric_limits<float>::quiet_NaN();
   std::vector<emaudit::RowStatus> status(3);
-  auto bad = probe.score(emaudit::Rows::f32(data.data(), 3, width), z.data(), emaudit::Unit::aligned_sd, status.data());
+  auto bad = probe.score(rows, z, emaudit::Unit::aligned_sd, status);
   CHECK(bad.status() == Status::non_finite && std::isnan(z[1]) && std::isfinite(z[2]));
   CHECK(status[0] == emaudit::RowStatus::ok && status[1] == emaudit::RowStatus::non_finite);
+}
+
+// Sizes are checked here, before the library sees a pointer; nothing is written.
+void test_sizes(const emaudit::Probe &probe, const emaudit::Steering &steering) {
+  std::vector<float> data = make_rows(3);
+  const std::vector<float> before = data;
+  float z[3] = {7.0f, 7.0f, 7.0f};
+  std::vector<emaudit::RowStatus> two(2);
+  const auto refused = [](const emaudit::Result<void> &result) {
+    return result.status() == Status::invalid_argument && result.error().message()[0] != '\0';
+  };
+  CHECK(refused(probe.score(emaudit::Rows::f32(data, 4, width), z)));
+  CHECK(refused(probe.score(emaudit::Rows::f32(data, 3, width, width + 1), z)));
+  CHECK(refused(probe.score(emaudit::Rows::f32(data, SIZE_MAX, width), z)));
+  CHECK(refused(probe.score(emaudit::Rows::f32(data, 2, width), z)));
+  CHECK(refused(probe.score(emaudit::Rows::f32(data, 3, width), z, emaudit::Unit::raw, two)));
+  auto rows = emaudit::MutableRows::f32(data, 3, width);
+  const float strengths[2] = {1.0f, 1.0f};
+  CHECK(refused(steering.apply(emaudit::MutableRows::f32(data, 4, width))));
+  CHECK(refused(steering.apply(rows, nullptr, strengths)));
+  CHECK(refused(steering.apply(rows, nullptr, {}, two)));
+  CHECK(refused(steering.score_and_apply(rows, {z, 2})));
+  CHECK(refused(steering.score_and_apply(rows, z, emaudit::Unit::raw, nullptr, strengths)));
+  CHECK(data == before && z[0] == 7.0f && z[2] == 7.0f);
+  CHECK(probe.score(emaudit::Rows::f32({}, 0, width), {}));
+  // The last row may end before its stride does.
+  CHECK(probe.score(emaudit::Rows::f32({data.data(), 2 * width}, 1, width, 3 * width), {z, 1}));
+}
+
+// Rows of one, in the two half formats: 1.0 in binary16 and in bfloat16.
+void test_half(const emaudit::Probe &probe) {
+  const std::vector<float> one(width, 1.0f);
+  std::vector<std::uint16_t> f16(width, 0x3c00), bf16(width, 0x3f80);
+  float expected = 0.0f, score = 0.0f;
+  CHECK(probe.score(emaudit::Rows::f32(one, 1, width), {&expected, 1}));
+  CHECK(probe.score(emaudit::Rows::f16(f16, 1, width), {&score, 1}) && score == expected);
+  CHECK(probe.score(emaudit::Rows::bf16(bf16, 1, width), {&score, 1}) && score == expected);
+  auto f16_rows = emaudit::MutableRows::f16(f16, 1, width);
+  auto bf16_rows = emaudit::MutableRows::bf16(bf16.data(), 1, width);
+  CHECK(probe.score(f16_rows.as_rows(), {&score, 1}) && score == expected);
+  CHECK(probe.score(bf16_rows.as_rows(), {&score, 1}) && score == expected);
+}
+
+void test_spans(const emaudit::Probe &probe) {
+#ifdef __cpp_lib_span
+  std::vector<float> data = make_rows(2);
+  std::vector<float> expected(2), scores(2);
+  std::vector<emaudit::RowStatus> status(2, emaudit::RowStatus::gated);
+  CHECK(probe.score(emaudit::Rows::f32(data, 2, width), expected));
+  const std::span<const float> values(data);
+  CHECK(probe.score(emaudit::Rows::f32(values, 2, width), std::span<float>(scores), emaudit::Unit::aligned_sd,
+                    std::span<emaudit::RowStatus>(status)));
+  CHECK(scores == expected && status[1] == emaudit::RowStatus::ok);
+  auto monitor = emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 0.01);
+  CHECK(monitor && monitor->push(std::span<const float>(scores)) && monitor->verdict().tokens == 2);
+  static_assert(!std::is_constructible_v<emaudit::Span<float>, std::span<const float>>, "const stays const");
+#else
+  (void)probe;
+  static_assert(__cplusplus < 202002L, "C++20 has std::span");
+#endif
+  static_assert(!std::is_constructible_v<emaudit::Span<float>, const std::vector<float> &>, "const stays const");
 }
 
 // One probe, several threads, the same bits.
 void test_threads(const emaudit::Probe &probe) {
   const std::vector<float> data = make_rows(500);
-  const emaudit::Rows rows = emaudit::Rows::f32(data.data(), 500, width);
+  const emaudit::Rows rows = emaudit::Rows::f32(data, 500, width);
   std::vector<float> expected(500);
-  CHECK(probe.score(rows, expected.data()));
+  CHECK(probe.score(rows, expected));
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&] {
       std::vector<float> scores(500);
       for (int round = 0; round < 20; ++round) {
-        CHECK(probe.score(rows, scores.data()));
+        CHECK(probe.score(rows, scores));
         CHECK(scores == expected);
       }
     });
@@ -110,13 +207,17 @@ void test_steer(const emaudit::Probe &probe) {
   auto steering = emaudit::Steering::make(probe, options);
   CHECK(steering);
   std::vector<float> data = make_rows(2);
-  auto rows = emaudit::MutableRows::f32(data.data(), 2, width);
+  auto rows = emaudit::MutableRows::f32(data, 2, width);
   std::vector<float> before(2), after(2);
   emaudit::SteerReport report;
-  CHECK(steering->score_and_apply(rows, before.data(), emaudit::Unit::aligned_sd, &report));
+  CHECK(steering->score_and_apply(rows, before, emaudit::Unit::aligned_sd, &report));
   CHECK(report.rows == 2 && report.touched == 2 && report.largest_dose > 0.0f);
-  CHECK(probe.score(rows.as_rows(), after.data()));
+  CHECK(probe.score(rows.as_rows(), after));
   CHECK(before[0] != before[1] && std::fabs(after[0] - after[1]) < 1e-3f);
+  const float strengths[2] = {0.5f, 0.0f};
+  std::vector<emaudit::RowStatus> status(2, emaudit::RowStatus::gated);
+  CHECK(steering->apply(rows, &report, strengths, status) && status[0] == emaudit::RowStatus::ok);
+  test_sizes(probe, *steering);
   data[0] = std::numeric_limits<float>::infinity();
   CHECK(steering->apply(rows, &report).status() == Status::non_finite && report.nonfinite == 1);
 }
@@ -127,9 +228,10 @@ void test_monitor(const emaudit::Probe &probe) {
   CHECK(monitor && monitor->verdict().state == emaudit::State::invalid);
   CHECK(monitor->push(0.25f) && monitor->verdict().state == emaudit::State::clean);
   const float loud[3] = {60.0f, 60.0f, 60.0f};
-  CHECK(monitor->push(loud, 3));
+  CHECK(monitor->push(loud));
   const emaudit::Verdict verdict = monitor->verdict();
   CHECK(verdict.state == emaudit::State::flagged && verdict.misalignment && verdict.tokens == 4);
+  CHECK(verdict.aggregation == emaudit::Aggregation::mean && verdict.horizon == 4 && verdict.rate == 0.01);
   CHECK(verdict.verified && verdict.layer == layer && verdict.kernel == probe.kernel());
   CHECK(monitor->push(std::numeric_limits<float>::infinity()).status() == Status::non_finite);
   CHECK(monitor->verdict().state == emaudit::State::invalid);
@@ -146,9 +248,11 @@ int main(int argc, char **argv) {
     return 2;
   }
   const std::string fixtures = argv[1];
-  CHECK(emaudit::abi_matches());
+  CHECK(emaudit::load() && emaudit::version()[0] != '\0');
   test_open(fixtures);
+  test_layers(fixtures);
   test_identity(fixtures);
+  test_kernels();
   auto untested = probe_of_file(fixtures + "/good.safetensors");
   CHECK(untested && count_kernels() >= 2);
   emaudit::SteeringOptions options;
@@ -158,6 +262,8 @@ int main(int argc, char **argv) {
   auto probe = probe_of_file(fixtures + "/specific.safetensors");
   CHECK(probe);
   test_score(*probe);
+  test_half(*probe);
+  test_spans(*probe);
   test_threads(*probe);
   test_steer(*probe);
   test_monitor(*probe);

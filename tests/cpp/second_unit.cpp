@@ -6,9 +6,9 @@
 emaudit::Result<emaudit::Probe> probe_of_file(const std::string &path) {
   auto directions = emaudit::Directions::open(path);
   if (!directions) {
-    return emaudit::Error(static_cast<emaudit_status>(directions.status()), nullptr);
+    return std::move(directions).error();
   }
   return emaudit::Probe::make(*directions, layer);  // the probe outlives the directions
 }
 
-std::size_t count_kernels() { return emaudit::kernels().size(); }
+std::size_t count_kernels() { return emaudit::kernels()->size(); }

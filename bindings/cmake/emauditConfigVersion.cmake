@@ -1,0 +1,15 @@
+# The crate's version; a test compares it with Cargo.toml. Before 1.0 the minor number must be equal.
+set(PACKAGE_VERSION "0.1.0")
+
+set(PACKAGE_VERSION_COMPATIBLE FALSE)
+set(PACKAGE_VERSION_EXACT FALSE)
+if(PACKAGE_FIND_VERSION VERSION_EQUAL PACKAGE_VERSION)
+  set(PACKAGE_VERSION_EXACT TRUE)
+endif()
+if(NOT PACKAGE_FIND_VERSION VERSION_GREATER PACKAGE_VERSION)
+  string(REGEX MATCH "^(0\\.[0-9]+|[1-9][0-9]*)" _emaudit_series "${PACKAGE_VERSION}")
+  string(REGEX MATCH "^(0\\.[0-9]+|[1-9][0-9]*)" _emaudit_wanted "${PACKAGE_FIND_VERSION}")
+  if(_emaudit_series STREQUAL _emaudit_wanted OR PACKAGE_FIND_VERSION STREQUAL "0")
+    set(PACKAGE_VERSION_COMPATIBLE TRUE)
+  endif()
+endif()

@@ -1,0 +1,5 @@
+#include "emaudit.hpp"
+
+const char *linked_version();
+
+const char *linked_version() { return emaudit::load() ? emaudit::version() : "none"; }
