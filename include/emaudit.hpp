@@ -50,6 +50,9 @@ enum class Status : std::int32_t {
   rate_unsupported = EMAUDIT_STATUS_RATE_UNSUPPORTED,
   kernel_unavailable = EMAUDIT_STATUS_KERNEL_UNAVAILABLE,
   panic = EMAUDIT_STATUS_PANIC,
+  unsigned_file = EMAUDIT_STATUS_UNSIGNED,
+  bad_signature = EMAUDIT_STATUS_BAD_SIGNATURE,
+  untrusted_key = EMAUDIT_STATUS_UNTRUSTED_KEY,
 };
 
 /// How a file is brought into memory.
@@ -309,6 +312,10 @@ struct OpenOptions {
   bool verify = true;
   /// SHA-256 of the whole file from a source you trust.
   std::optional<Digest> expected_digest;
+  /// Minisign public key that must have signed the file: its line, or the text of its .pub file.
+  std::optional<std::string> trusted_key;
+  /// Text of the signature; empty reads it from the file's path with ".minisig" added.
+  std::string signature;
 };
 
 /// What a direction file says about itself.
@@ -319,6 +326,8 @@ struct DirectionsInfo {
   Specificity content = Specificity::untested;
   Site site = Site::resid_post;
   Digest digest{};
+  /// Signed with the trusted key of the open options.
+  bool trusted = false;
   std::vector<std::uint32_t> layers;
 };
 
@@ -367,6 +376,7 @@ class Directions {
     info.content = static_cast<Specificity>(raw.content);
     info.site = static_cast<Site>(raw.site);
     info.digest = detail::digest_of(raw.digest);
+    info.trusted = raw.trusted != 0;
     info.layers.resize(raw.layer_count);
     std::size_t count = 0;
     status = emaudit_directions_get_layers(get(), info.layers.data(), info.layers.size(), &count, &error);
@@ -375,6 +385,9 @@ class Directions {
     }
     return info;
   }
+
+  /// Trusted comment of the signature that was checked; "" without a trusted key. Lives as long as this handle.
+  const char *trusted_comment() const noexcept { return emaudit_directions_trusted_comment(get()); }
 
   /// Exact or variant; model_mismatch when the directions belong to another model.
   Result<Identity> check_model(const ModelIdentity &model) const {
@@ -404,6 +417,9 @@ class Directions {
     raw.mode = static_cast<std::uint32_t>(options.mode);
     raw.skip_verify = options.verify ? 0 : 1;
     raw.expected_digest = options.expected_digest ? options.expected_digest->data() : nullptr;
+    raw.trusted_key = options.trusted_key ? options.trusted_key->c_str() : nullptr;
+    raw.signature = reinterpret_cast<const std::uint8_t *>(options.signature.data());
+    raw.signature_len = options.signature.size();
     emaudit_directions *handle = nullptr;
     return detail::run<Directions>([&](emaudit_error **e) { return open(&raw, &handle, e); },
                                    [&] { return Directions(handle); });

@@ -3,7 +3,9 @@
 
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <limits>
+#include <sstream>
 #include <thread>
 #include <type_traits>
 
@@ -46,6 +48,30 @@ void test_open(const std::string &fixtures) {
   CHECK(emaudit::Directions::open(fixtures + "/absent.safetensors").status() == Status::io);
   CHECK(emaudit::Directions::from_bytes(nullptr, 0).status() == Status::not_a_direction_file);
   CHECK(std::strcmp(emaudit::name(Status::truncated), "TRUNCATED") == 0);
+}
+
+std::string read_text(const std::string &path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  CHECK(file && !text.str().empty());
+  return text.str();
+}
+
+void test_trust(const std::string &fixtures) {
+  const std::string path = fixtures + "/signed.safetensors";
+  emaudit::OpenOptions options;
+  options.trusted_key = read_text(fixtures + "/key.pub");
+  auto trusted = emaudit::Directions::open(path, options);
+  CHECK(trusted && trusted->info()->trusted && std::strcmp(trusted->trusted_comment(), "version 7") == 0);
+  CHECK(emaudit::Directions::open(fixtures + "/good.safetensors", options).status() == Status::unsigned_file);
+  const std::string bytes = read_text(path);
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size(), options).status() == Status::unsigned_file);
+  options.signature = read_text(path + ".minisig");
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size(), options));
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size() - 1, options).status() == Status::bad_signature);
+  options.trusted_key = read_text(fixtures + "/stranger.pub");
+  CHECK(emaudit::Directions::open(path, options).status() == Status::untrusted_key);
 }
 
 void test_identity(const std::string &fixtures) {
@@ -148,6 +174,7 @@ int main(int argc, char **argv) {
   const std::string fixtures = argv[1];
   CHECK(emaudit::abi_matches());
   test_open(fixtures);
+  test_trust(fixtures);
   test_identity(fixtures);
   auto untested = probe_of_file(fixtures + "/good.safetensors");
   CHECK(untested && count_kernels() >= 2);
