@@ -121,6 +121,21 @@
 #define EMAUDIT_STATUS_PANIC 16
 
 /**
+ * A trusted key was given and the file has no signature.
+ */
+#define EMAUDIT_STATUS_UNSIGNED 17
+
+/**
+ * The signature does not fit the file, or is none.
+ */
+#define EMAUDIT_STATUS_BAD_SIGNATURE 18
+
+/**
+ * The file is signed, but not with the trusted key.
+ */
+#define EMAUDIT_STATUS_UNTRUSTED_KEY 19
+
+/**
  * In options: the best kernel this CPU has, or the one the environment variable `EMAUDIT_KERNEL` names.
  */
 #define EMAUDIT_KERNEL_DEFAULT 0
@@ -408,6 +423,21 @@ typedef struct emaudit_open_options {
    * none. The digest inside the file finds damage; only this one finds a replaced file.
    */
   const uint8_t *expected_digest;
+  /**
+   * A minisign public key (its line "RW...", or the text of its .pub file, NUL-terminated): a file that is not
+   * signed with it is refused before anything in it is read. NULL for none. A signature says who, not which:
+   * an older file by the same key passes; see `emaudit_directions_trusted_comment`.
+   */
+  const char *trusted_key;
+  /**
+   * The text of the signature, `signature_len` bytes. With 0 bytes it is read from the file's path with
+   * ".minisig" added; bytes in memory have no path and need it here. Only together with `trusted_key`.
+   */
+  const uint8_t *signature;
+  /**
+   * Bytes of `signature`.
+   */
+  size_t signature_len;
 } emaudit_open_options;
 
 /**
@@ -427,7 +457,7 @@ typedef struct emaudit_directions_info {
    */
   uint32_t layer_count;
   /**
-   * 1 when the digest was checked, 0 when the caller said not to.
+   * 1 when the digest or a signature was checked, 0 when the caller wanted neither.
    */
   uint32_t verified;
   /**
@@ -455,9 +485,13 @@ typedef struct emaudit_directions_info {
    */
   uint32_t contrast;
   /**
-   * SHA-256 of the whole file; all zero when it was neither checked nor expected.
+   * SHA-256 of the whole file; all zero when `verified` is 0.
    */
   uint8_t digest[EMAUDIT_DIGEST_SIZE];
+  /**
+   * 1 when the file is signed with the trusted key of the open options, 0 when none was given.
+   */
+  uint32_t trusted;
 } emaudit_directions_info;
 
 /**
@@ -898,20 +932,20 @@ emaudit_status emaudit_kernel_from_name(const char *name,
                                         struct emaudit_error **error);
 
 /**
- * Opens a direction file and checks all of it: container, digest, metadata. A flipped bit anywhere is an
- * error.
+ * Opens a direction file and checks all of it: signature if asked for, container, digest, metadata. A flipped
+ * bit anywhere is an error. What is checked is what is used: with `EMAUDIT_MODE_COPIED` the file is read once.
  *
  * `path` is NUL-terminated, in the encoding of the file system (on Windows UTF-8). `*directions` receives a
  * handle that the caller frees with `emaudit_directions_free`; probes made from it keep what they need, so
  * the order of freeing is free.
  *
- * Errors: INVALID_ARGUMENT, IO, NOT_A_DIRECTION_FILE, TRUNCATED, MALFORMED, UNSUPPORTED_VERSION,
- * DIGEST_MISMATCH, SCHEMA. Threads: any. Blocks on the file and allocates.
+ * Errors: INVALID_ARGUMENT, IO, NOT_A_DIRECTION_FILE, UNSIGNED, BAD_SIGNATURE, UNTRUSTED_KEY, TRUNCATED,
+ * MALFORMED, UNSUPPORTED_VERSION, DIGEST_MISMATCH, SCHEMA. Threads: any. Blocks on the file and allocates.
  *
  * # Safety
- * `path` is NUL-terminated; `options` is NULL or valid for the bytes its `struct_size` states, and a
- * non-NULL `expected_digest` for 32 bytes; `directions` is valid for writing; `error` NULL or valid for
- * writing.
+ * `path` is NUL-terminated; `options` is NULL or valid for the bytes its `struct_size` states, a non-NULL
+ * `expected_digest` for 32 bytes, `signature` for `signature_len`, and a non-NULL `trusted_key` is
+ * NUL-terminated; `directions` is valid for writing; `error` NULL or valid for writing.
  */
 emaudit_status emaudit_directions_open(const char *path,
                                        const struct emaudit_open_options *options,
@@ -934,12 +968,24 @@ emaudit_status emaudit_directions_from_bytes(const uint8_t *bytes,
                                              struct emaudit_error **error);
 
 /**
- * Frees a handle. NULL is fine. Strings from `emaudit_directions_get_identity` end here; probes do not.
+ * Frees a handle. NULL is fine. Strings read from it end here; probes do not.
  *
  * # Safety
  * `directions` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
  */
 void emaudit_directions_free(struct emaudit_directions *directions);
+
+/**
+ * The trusted comment of the signature that was checked (UTF-8, NUL-terminated), where minisign puts the time and
+ * the file name and a maker can put a version; "" when the directions were opened without a trusted key, and for
+ * NULL. It belongs to `directions` and lives as long as that handle.
+ *
+ * Threads: any. Never fails.
+ *
+ * # Safety
+ * `directions` is NULL or a live handle.
+ */
+const char *emaudit_directions_trusted_comment(const struct emaudit_directions *directions);
 
 /**
  * Describes the file.
@@ -1279,9 +1325,10 @@ emaudit_status emaudit_monitor_reset(struct emaudit_monitor *monitor,
 /* Initialisers. They state the size of the struct and the defaults of this header. */
 
 #define EMAUDIT_TENSOR_INIT { sizeof(emaudit_tensor), 0, NULL, 0, 0, 0 }
-#define EMAUDIT_OPEN_OPTIONS_INIT { sizeof(emaudit_open_options), EMAUDIT_MODE_COPIED, 0, 0, NULL }
+#define EMAUDIT_OPEN_OPTIONS_INIT \
+  { sizeof(emaudit_open_options), EMAUDIT_MODE_COPIED, 0, 0, NULL, NULL, NULL, 0 }
 #define EMAUDIT_DIRECTIONS_INFO_INIT \
-  { sizeof(emaudit_directions_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 } }
+  { sizeof(emaudit_directions_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0 }
 #define EMAUDIT_LAYER_INFO_INIT { sizeof(emaudit_layer_info), 0, 0, 0, 0.0 }
 #define EMAUDIT_THRESHOLD_INIT { sizeof(emaudit_threshold), 0, 0, 0, 0.0, 0.0, 0.0 }
 #define EMAUDIT_MODEL_IDENTITY_INIT \

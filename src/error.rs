@@ -51,6 +51,12 @@ pub enum Status {
     KernelUnavailable = 15,
     /// A caught panic: a defect of the library, never the caller's fault. Nothing may be concluded.
     Panic = 16,
+    /// A trusted key was given and the file has no signature.
+    Unsigned = 17,
+    /// The signature does not fit the file, or is none.
+    BadSignature = 18,
+    /// The file is signed, but not with the trusted key.
+    UntrustedKey = 19,
 }
 
 /// Result of every fallible call of the library.
@@ -160,6 +166,20 @@ pub enum Error {
     /// See [`Status::Panic`].
     #[error("internal error (caught panic): {0}; please report it")]
     Panic(String),
+    /// See [`Status::Unsigned`].
+    #[error("unsigned direction file: {0}; sign it with minisign, or open it without a trusted key")]
+    Unsigned(String),
+    /// See [`Status::BadSignature`].
+    #[error("bad signature: {0}")]
+    BadSignature(String),
+    /// See [`Status::UntrustedKey`].
+    #[error("untrusted signature: it is by the key {found}, the trusted key is {expected}")]
+    UntrustedKey {
+        /// Id of the trusted key.
+        expected: String,
+        /// Id of the key in the signature.
+        found: String,
+    },
 }
 
 impl Error {
@@ -182,6 +202,9 @@ impl Error {
             Error::RateUnsupported { .. } => Status::RateUnsupported,
             Error::KernelUnavailable { .. } => Status::KernelUnavailable,
             Error::Panic(_) => Status::Panic,
+            Error::Unsigned(_) => Status::Unsigned,
+            Error::BadSignature(_) => Status::BadSignature,
+            Error::UntrustedKey { .. } => Status::UntrustedKey,
         }
     }
 }

@@ -28,6 +28,7 @@
   X(directions_open)            \
   X(directions_from_bytes)      \
   X(directions_free)            \
+  X(directions_trusted_comment) \
   X(directions_get_info)        \
   X(directions_get_layers)      \
   X(directions_get_identity)    \

@@ -39,6 +39,9 @@ enum class Status : std::int32_t {
   rate_unsupported = EMAUDIT_STATUS_RATE_UNSUPPORTED,
   kernel_unavailable = EMAUDIT_STATUS_KERNEL_UNAVAILABLE,
   panic = EMAUDIT_STATUS_PANIC,
+  unsigned_file = EMAUDIT_STATUS_UNSIGNED,
+  bad_signature = EMAUDIT_STATUS_BAD_SIGNATURE,
+  untrusted_key = EMAUDIT_STATUS_UNTRUSTED_KEY,
   /// The library was not found or could not be loaded.
   library_not_found = -1,
   /// A library was found, but it is no emaudit, has another ABI, or lacks a function.

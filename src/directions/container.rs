@@ -63,9 +63,8 @@ fn malformed<T>(sentence: impl Into<String>) -> Result<T> {
     Err(Error::Malformed(sentence.into()))
 }
 
-/// Reads everything but the tensor data and the meaning of the manifest.
+/// Reads everything but the tensor data and the meaning of the manifest. The size was checked.
 pub(super) fn parse(bytes: &[u8]) -> Result<Container> {
-    check_size(bytes.len() as u64)?;
     let text = header_text(bytes)?;
     json::check(text).or_else(|e| malformed(format!("the header is not strict JSON: {e}")))?;
     let header: Header = serde_json::from_str(text).or_else(|e| {

@@ -70,6 +70,7 @@ int main(int argc, char **argv) {
   fixtures = argv[1];
   test_versions();
   test_open();
+  test_trust();
   test_info();
   test_identity();
   test_structs();

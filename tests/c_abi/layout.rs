@@ -32,7 +32,16 @@ macro_rules! layout {
 fn of_rust() -> String {
     let mut text = String::new();
     layout!(text, emaudit_tensor { struct_size, dtype, data, rows, cols, row_stride });
-    layout!(text, emaudit_open_options { struct_size, mode, skip_verify, reserved, expected_digest });
+    layout!(text, emaudit_open_options {
+            struct_size,
+            mode,
+            skip_verify,
+            reserved,
+            expected_digest,
+            trusted_key,
+            signature,
+            signature_len,
+        });
     layout!(
         text,
         emaudit_directions_info {
@@ -47,6 +56,7 @@ fn of_rust() -> String {
             estimator,
             contrast,
             digest,
+            trusted,
         }
     );
     layout!(text, emaudit_layer_info { struct_size, layer, sequences, threshold_count, sigma });
@@ -221,6 +231,9 @@ fn the_statuses_of_rust_are_those_of_the_table() {
         RateUnsupported,
         KernelUnavailable,
         Panic,
+        Unsigned,
+        BadSignature,
+        UntrustedKey,
     ];
     let mut expected = String::new();
     for status in all {

@@ -86,6 +86,7 @@ fn in_cpp(function: &str) -> Option<&'static str> {
         "directions_open" => "Directions::open(",
         "directions_from_bytes" => "Directions::from_bytes(",
         "directions_get_info" | "directions_get_layers" => "->info()",
+        "directions_trusted_comment" => "->trusted_comment()",
         "directions_get_identity" => "->model()",
         "directions_check_model" => "->check_model(",
         "directions_get_layer_info" | "directions_get_threshold" => "->layer(",

@@ -4,7 +4,9 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <limits>
+#include <sstream>
 #include <thread>
 #include <type_traits>
 #if defined(__has_include) && __has_include(<version>)
@@ -85,6 +87,30 @@ void test_kernels() {
     CHECK(emaudit::kernel_from_name(emaudit::name(kernel)).value() == kernel);
   }
   CHECK(emaudit::kernel_from_name(std::string("abacus")).status() == Status::kernel_unavailable);
+}
+
+std::string read_text(const std::string &path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  CHECK(file && !text.str().empty());
+  return text.str();
+}
+
+void test_trust(const std::string &fixtures) {
+  const std::string path = fixtures + "/signed.safetensors";
+  emaudit::OpenOptions options;
+  options.trusted_key = read_text(fixtures + "/key.pub");
+  auto trusted = emaudit::Directions::open(path, options);
+  CHECK(trusted && trusted->info()->trusted && std::strcmp(trusted->trusted_comment(), "version 7") == 0);
+  CHECK(emaudit::Directions::open(fixtures + "/good.safetensors", options).status() == Status::unsigned_file);
+  const std::string bytes = read_text(path);
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size(), options).status() == Status::unsigned_file);
+  options.signature = read_text(path + ".minisig");
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size(), options));
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size() - 1, options).status() == Status::bad_signature);
+  options.trusted_key = read_text(fixtures + "/stranger.pub");
+  CHECK(emaudit::Directions::open(path, options).status() == Status::untrusted_key);
 }
 
 void test_identity(const std::string &fixtures) {
@@ -251,6 +277,7 @@ int main(int argc, char **argv) {
   CHECK(emaudit::load() && emaudit::version()[0] != '\0');
   test_open(fixtures);
   test_layers(fixtures);
+  test_trust(fixtures);
   test_identity(fixtures);
   test_kernels();
   auto untested = probe_of_file(fixtures + "/good.safetensors");

@@ -117,6 +117,11 @@ mod bridge {
         skip_verify: bool,
         /// SHA-256 the file must have, 32 bytes; empty for none.
         expected_digest: &'a [u8],
+        /// Minisign public key that must have signed the file (its line, or the text of its .pub file); empty for
+        /// none.
+        trusted_key: &'a str,
+        /// Text of the signature; empty reads it from the file's path with `.minisig` added.
+        signature: &'a [u8],
     }
 
     /// The caller's model. An empty `weights_digest` or `quantization` means unknown.

@@ -83,6 +83,15 @@ void test_directions(const std::string &fixtures) {
   CHECK(throws("Truncated", [&] { emaudit::directions_from_bytes({bytes, content.size() - 7}, {}); }));
   CHECK(throws("Io", [&] { emaudit::open_directions(fixtures + "/absent", {}); }));
 
+  emaudit::OpenOptions trusting{};
+  std::ifstream key_file(fixtures + "/key.pub");
+  const std::string key((std::istreambuf_iterator<char>(key_file)), std::istreambuf_iterator<char>());
+  trusting.trusted_key = key;
+  CHECK(emaudit::open_directions(fixtures + "/signed.safetensors", trusting)->verified());
+  CHECK(throws("Unsigned", [&] { emaudit::open_directions(good, trusting); }));
+  trusting.signature = {bytes, content.size()};
+  CHECK(throws("BadSignature", [&] { emaudit::open_directions(good, trusting); }));
+
   emaudit::ModelIdentity model = directions->model();
   CHECK(directions->check_model(model) == emaudit::Identity::Exact);
   model.weights_digest = "";
