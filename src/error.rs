@@ -57,6 +57,8 @@ pub enum Status {
     BadSignature = 18,
     /// The file is signed, but not with the trusted key.
     UntrustedKey = 19,
+    /// Rows read back after steering are not where the edit should have put them.
+    NotLanded = 20,
 }
 
 /// Result of every fallible call of the library.
@@ -180,6 +182,21 @@ pub enum Error {
         /// Id of the key in the signature.
         found: String,
     },
+    /// See [`Status::NotLanded`].
+    #[error(
+        "the edit did not land: of {rows} row(s), {missed} are not where it should have put them (by up to \
+         {largest_deviation} times what rounding allows) and in {lost} it is too small for the dtype to show"
+    )]
+    NotLanded {
+        /// Rows given.
+        rows: usize,
+        /// Rows that are elsewhere.
+        missed: usize,
+        /// Rows whose edit rounding can swallow.
+        lost: usize,
+        /// Largest deviation of a projection, in units of its bound.
+        largest_deviation: f32,
+    },
 }
 
 impl Error {
@@ -205,6 +222,7 @@ impl Error {
             Error::Unsigned(_) => Status::Unsigned,
             Error::BadSignature(_) => Status::BadSignature,
             Error::UntrustedKey { .. } => Status::UntrustedKey,
+            Error::NotLanded { .. } => Status::NotLanded,
         }
     }
 }

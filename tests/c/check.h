@@ -64,5 +64,7 @@ void test_score_refusals(void);
 void test_steer(void);
 void test_steer_refusals(void);
 void test_monitor(void);
+void test_drift(void);
+void test_landing(void);
 
 #endif

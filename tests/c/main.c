@@ -79,6 +79,8 @@ int main(int argc, char **argv) {
   test_steer();
   test_steer_refusals();
   test_monitor();
+  test_drift();
+  test_landing();
   printf("ok: %u checks\n", checks_done);
   return 0;
 }

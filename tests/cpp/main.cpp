@@ -21,6 +21,7 @@ using emaudit::Status;
 static_assert(!std::is_copy_constructible_v<emaudit::Directions>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Probe>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Steering>, "handles are move-only");
+static_assert(!std::is_copy_constructible_v<emaudit::Drift>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Monitor>, "handles are move-only");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::Probe>, "moving is free");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::Error>, "moving is free");
@@ -248,6 +249,62 @@ void test_steer(const emaudit::Probe &probe) {
   CHECK(steering->apply(rows, &report).status() == Status::non_finite && report.nonfinite == 1);
 }
 
+void test_landing(const emaudit::Probe &probe) {
+  emaudit::SteeringOptions options;
+  options.alpha = 0.5f;
+  auto steering = emaudit::Steering::make(probe, options);
+  const std::vector<float> before = make_rows(3);
+  std::vector<float> data = before, deviations(3);
+  const auto was = emaudit::Rows::f32(before, 3, width);
+  auto rows = emaudit::MutableRows::f32(data, 3, width);
+  const std::vector<float> strengths = {1.0f, 0.0f, -2.0f};
+  emaudit::LandingReport report;
+  CHECK(steering->check_landed(was, rows.as_rows(), &report, strengths).status() == Status::not_landed);
+  CHECK(report.missed == 2 && report.untouched == 1 && report.largest_deviation > 1.0f);
+  CHECK(steering->apply(rows, nullptr, strengths));
+  CHECK(steering->check_landed(was, rows.as_rows(), &report, strengths, deviations));
+  CHECK(report.rows == 3 && report.landed == 2 && report.untouched == 1 && report.missed == 0 && report.lost == 0);
+  CHECK(deviations[0] <= 1.0f && deviations[1] == 0.0f && deviations[2] <= report.largest_deviation);
+  CHECK(steering->apply(rows, nullptr, strengths));
+  CHECK(steering->check_landed(was, rows.as_rows(), nullptr, strengths).status() == Status::not_landed);
+  CHECK(steering->check_landed(was, rows.as_rows(), nullptr, {strengths.data(), 2}).status() ==
+        Status::invalid_argument);
+}
+
+// One thread feeds the drift, others read verdicts: clean until it stands, stale from then on.
+void test_drift(const emaudit::Probe &probe) {
+  CHECK(emaudit::Drift::make(probe, 1, 0.01).status() == Status::rate_unsupported);
+  auto drift = emaudit::Drift::make(probe, 50, 0.01);
+  CHECK(drift && drift->report().state == emaudit::DriftState::pending && std::isnan(drift->report().share));
+  std::vector<emaudit::Monitor> monitors;
+  for (int i = 0; i < 3; ++i) {
+    auto monitor = emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 0.01);
+    CHECK(monitor->watch(*drift) && monitor->push(0.25f));
+    monitors.push_back(std::move(*monitor));
+  }
+  std::vector<std::thread> threads;
+  for (emaudit::Monitor &monitor : monitors) {
+    threads.emplace_back([&monitor] {
+      while (monitor.verdict().state == emaudit::State::clean) {
+        std::this_thread::yield();
+      }
+      CHECK(monitor.verdict().state == emaudit::State::stale && !monitor.verdict().misalignment);
+    });
+  }
+  const std::vector<float> shifted(50, 5.0f), median(50, 0.0f);
+  CHECK(drift->push(shifted));
+  for (std::thread &thread : threads) {
+    thread.join();
+  }
+  const emaudit::DriftReport report = drift->report();
+  CHECK(report.state == emaudit::DriftState::drifted && report.windows == 1 && report.share < report.lowest);
+  CHECK(drift->push(median) && drift->report().state == emaudit::DriftState::steady);
+  CHECK(monitors[0].verdict().state == emaudit::State::clean);
+  CHECK(drift->push(std::numeric_limits<float>::quiet_NaN()).status() == Status::non_finite);
+  CHECK(monitors[1].verdict().state == emaudit::State::invalid);
+  CHECK(drift->reset() && drift->report().state == emaudit::DriftState::pending);
+}
+
 void test_monitor(const emaudit::Probe &probe) {
   CHECK(emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 1e-9).status() == Status::rate_unsupported);
   auto monitor = emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 0.01);
@@ -293,6 +350,8 @@ int main(int argc, char **argv) {
   test_spans(*probe);
   test_threads(*probe);
   test_steer(*probe);
+  test_landing(*probe);
+  test_drift(*probe);
   test_monitor(*probe);
   CHECK(probe_of_file(fixtures + "/text.safetensors").status() == Status::not_a_direction_file);
   std::printf("ok: C++\n");
