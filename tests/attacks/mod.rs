@@ -309,7 +309,7 @@ fn calibration() -> Vec<Attack> {
         at(
             "a rate too rare for the sample",
             "thresholds/2/sequences",
-            json!(98),
+            json!(298),
             "calibrate on more sequences",
         ),
         at(
