@@ -95,6 +95,28 @@ pub struct DriftReport {
 /// | 400 | 0.38 | 1.52 |
 /// | 1000 | 0.30 | 1.39 |
 ///
+/// ```
+/// use emaudit::directions::schema::Aggregation;
+/// use emaudit::{Drift, DriftState, Monitor, Probe, State};
+/// use std::sync::Arc;
+///
+/// # let directions = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/src/directions/example.rs"));
+/// // `directions` was opened with `Directions::open`.
+/// let probe = Probe::new(Arc::new(directions), 1)?;
+/// let mut drift = Drift::new(&probe, 50, 0.01)?;
+/// let mut monitor = Monitor::new(&probe, Aggregation::Mean, 0.01)?;
+/// monitor.watch(&drift)?;
+/// monitor.push_scores(&[0.5, 0.5]);
+/// assert_eq!(monitor.verdict().state, State::Clean);
+///
+/// drift.push_scores(&[2.0; 50]); // fifty canary prompts, all far above the median of the file
+/// assert_eq!(drift.state(), DriftState::Drifted);
+/// assert_eq!(monitor.verdict().state, State::Stale);
+/// // A window that could never alarm is refused.
+/// assert!(Drift::new(&probe, 1, 0.01).is_err());
+/// # Ok::<(), emaudit::Error>(())
+/// ```
+///
 /// `Send`; one thread at a time writes it, and any number of monitors on any threads watch it
 /// ([`Monitor::watch`](crate::Monitor::watch)). Nothing allocates, locks or blocks after [`Drift::new`].
 #[derive(Debug)]

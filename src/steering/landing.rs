@@ -51,6 +51,24 @@ impl Steering {
     /// same: projecting out and clamping fully are), made to another row or with another direction, or lost to rounding.
     /// Changes at right angles to the direction are not looked at.
     ///
+    /// ```
+    /// use emaudit::{Error, Operation, Probe, Rows, RowsMut, Steering, SteeringOptions};
+    ///
+    /// let probe = Probe::from_vectors(&[3.0, 4.0], &[0.0, 0.0], 1.0, None)?;
+    /// let options = SteeringOptions { allow_nonspecific: true, ..SteeringOptions::new(Operation::ProjectOut { alpha: 1.0 }) };
+    /// let steering = Steering::new(&probe, options)?;
+    /// let before = [4.0f32, 5.0];
+    /// let mut after = before; // what the serving stack has after steering
+    /// let view = |row| Rows::new(row, 1, 2, 2);
+    /// let dropped = steering.check_landed(&view(&before)?, &view(&after)?, None, None);
+    /// assert!(matches!(dropped, Err(Error::NotLanded { missed: 1, .. })));
+    ///
+    /// steering.apply(&mut RowsMut::new(&mut after, 1, 2, 2)?, None, None)?;
+    /// let report = steering.check_landed(&view(&before)?, &view(&after)?, None, None)?;
+    /// assert!(report.landed == 1 && report.largest_deviation <= 1.0);
+    /// # Ok::<(), emaudit::Error>(())
+    /// ```
+    ///
     /// Never allocates, locks or blocks; takes a few times as long as steering.
     ///
     /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (as [`Steering::apply`]; another number of rows after
