@@ -59,7 +59,9 @@ impl Steering {
     /// let steering = Steering::new(&probe, options)?;
     /// let before = [4.0f32, 5.0];
     /// let mut after = before; // what the serving stack has after steering
-    /// let view = |row| Rows::new(row, 1, 2, 2);
+    /// fn view(row: &[f32; 2]) -> emaudit::Result<Rows<'_>> {
+    ///     Rows::new(row, 1, 2, 2)
+    /// }
     /// let dropped = steering.check_landed(&view(&before)?, &view(&after)?, None, None);
     /// assert!(matches!(dropped, Err(Error::NotLanded { missed: 1, .. })));
     ///
