@@ -9,12 +9,12 @@
  *
  * Rules for every function:
  *  - It returns an emaudit_status unless it cannot fail. Results go through out-pointers, which are written
- *    only on OK. The one exception is NON_FINITE from scoring and steering: scores, row statuses and the
- *    report were then written, for the good rows and the bad.
+ *    only on OK. The exceptions are NON_FINITE from scoring and steering and NOT_LANDED: scores, row statuses
+ *    and the report were then written, for the good rows and the bad.
  *  - The last parameter `error` may be NULL; see emaudit_error.
  *  - `emaudit_*_free(NULL)` does nothing. What was made from a handle keeps what it needs: the order of
  *    freeing is free.
- *  - Const handles are shared between threads freely; a monitor belongs to one thread at a time.
+ *  - Const handles are shared between threads freely; a monitor and a drift belong to one thread at a time.
  *  - Structs begin with struct_size and are initialised with their _INIT macro. An older, smaller struct is
  *    accepted; a newer, larger one only while the bytes this library does not know are zero.
  *  - A pointer whose length is 0 is ignored.
@@ -119,6 +119,27 @@
  * output of the call; a handle it could have changed should be freed.
  */
 #define EMAUDIT_STATUS_PANIC 16
+
+/**
+ * A trusted key was given and the file has no signature.
+ */
+#define EMAUDIT_STATUS_UNSIGNED 17
+
+/**
+ * The signature does not fit the file, or is none.
+ */
+#define EMAUDIT_STATUS_BAD_SIGNATURE 18
+
+/**
+ * The file is signed, but not with the trusted key.
+ */
+#define EMAUDIT_STATUS_UNTRUSTED_KEY 19
+
+/**
+ * Rows read back after steering are not where the edit should have put them, or the edit is too small for
+ * their dtype to show. The report and the deviations were written.
+ */
+#define EMAUDIT_STATUS_NOT_LANDED 20
 
 /**
  * In options: the best kernel this CPU has, or the one the environment variable `EMAUDIT_KERNEL` names.
@@ -323,6 +344,26 @@
 #define EMAUDIT_OPERATION_CLAMP 3
 
 /**
+ * A reference score was not finite: nothing can be said until the drift is reset.
+ */
+#define EMAUDIT_DRIFT_INVALID 0
+
+/**
+ * No window is full yet.
+ */
+#define EMAUDIT_DRIFT_PENDING 1
+
+/**
+ * The last full window lies where the calibration says. It is no proof that nothing changed.
+ */
+#define EMAUDIT_DRIFT_STEADY 2
+
+/**
+ * The last full window does not: the thresholds no longer keep their rate. Calibrate again.
+ */
+#define EMAUDIT_DRIFT_DRIFTED 3
+
+/**
  * Nothing can be said: no token was seen, or a score was not finite. Never treat it as clean. Zero, so that
  * memory that was never filled reads as invalid.
  */
@@ -344,9 +385,30 @@
 #define EMAUDIT_STATE_FLAGGED 3
 
 /**
+ * A drift that the monitor watches stands: calm sequences no longer score as in calibration, so the threshold
+ * does not keep its rate. Neither clean nor flagged, whatever the score; never treat it as clean.
+ */
+#define EMAUDIT_STATE_STALE 4
+
+/**
  * An opened, checked direction file. It never changes; share it between threads freely.
  */
 typedef struct emaudit_directions emaudit_directions;
+
+/**
+ * Watches the aligned distribution itself, on sequences that the caller vouches for as calm: canary prompts,
+ * or traffic of the approved model. One thread at a time uses it; monitors on any threads watch it.
+ *
+ * After every `window` sequences the shares of scores up to the quantiles of the file are compared with what
+ * the calibration allows: an exact test, whatever the distribution, that counts the uncertainty of the window
+ * and that of the calibration and alarms falsely in at most `rate` of all windows. Sequences are alike when
+ * model and prompts are: where the prompts changed it reports a drift too, and the thresholds do not hold
+ * either.
+ *
+ * With 400 calibration sequences, rate 0.01 and normal scores, a window of 100 sees a shift of the mean by
+ * 0.65 aligned standard deviations in 9 of 10 cases, one of 400 a shift by 0.38.
+ */
+typedef struct emaudit_drift emaudit_drift;
 
 /**
  * The sentence behind a failed call. Owned by the caller of the function that filled it.
@@ -408,6 +470,21 @@ typedef struct emaudit_open_options {
    * none. The digest inside the file finds damage; only this one finds a replaced file.
    */
   const uint8_t *expected_digest;
+  /**
+   * A minisign public key (its line "RW...", or the text of its .pub file, NUL-terminated): a file that is not
+   * signed with it is refused before anything in it is read. NULL for none. A signature says who, not which:
+   * an older file by the same key passes; see `emaudit_directions_trusted_comment`.
+   */
+  const char *trusted_key;
+  /**
+   * The text of the signature, `signature_len` bytes. With 0 bytes it is read from the file's path with
+   * ".minisig" added; bytes in memory have no path and need it here. Only together with `trusted_key`.
+   */
+  const uint8_t *signature;
+  /**
+   * Bytes of `signature`.
+   */
+  size_t signature_len;
 } emaudit_open_options;
 
 /**
@@ -427,7 +504,7 @@ typedef struct emaudit_directions_info {
    */
   uint32_t layer_count;
   /**
-   * 1 when the digest was checked, 0 when the caller said not to.
+   * 1 when the digest or a signature was checked, 0 when the caller wanted neither.
    */
   uint32_t verified;
   /**
@@ -455,9 +532,13 @@ typedef struct emaudit_directions_info {
    */
   uint32_t contrast;
   /**
-   * SHA-256 of the whole file; all zero when it was neither checked nor expected.
+   * SHA-256 of the whole file; all zero when `verified` is 0.
    */
   uint8_t digest[EMAUDIT_DIGEST_SIZE];
+  /**
+   * 1 when the file is signed with the trusted key of the open options, 0 when none was given.
+   */
+  uint32_t trusted;
 } emaudit_directions_info;
 
 /**
@@ -724,6 +805,115 @@ typedef struct emaudit_steer_report {
 } emaudit_steer_report;
 
 /**
+ * What `emaudit_steering_check_landed` found. Every row is counted once below `rows`. Begin with
+ * `EMAUDIT_LANDING_REPORT_INIT`.
+ */
+typedef struct emaudit_landing_report {
+  /**
+   * `sizeof(emaudit_landing_report)`.
+   */
+  uint32_t struct_size;
+  /**
+   * Largest |projection measured - expected|, in units of its bound; above 1 when a row missed.
+   */
+  float largest_deviation;
+  /**
+   * Rows given.
+   */
+  uint64_t rows;
+  /**
+   * Edited rows whose projection is where it should be, by a bound smaller than the edit.
+   */
+  uint64_t landed;
+  /**
+   * Edited rows whose projection changes by no more than rounding may: nothing can be told from them.
+   */
+  uint64_t lost;
+  /**
+   * Rows that were to stay and stayed.
+   */
+  uint64_t untouched;
+  /**
+   * Rows whose projection is not where it should be.
+   */
+  uint64_t missed;
+  /**
+   * Rows that steering leaves alone because they, or their edit, are not finite.
+   */
+  uint64_t nonfinite;
+} emaudit_landing_report;
+
+/**
+ * What a drift decides by. Begin with `EMAUDIT_DRIFT_OPTIONS_INIT` and set both members.
+ */
+typedef struct emaudit_drift_options {
+  /**
+   * `sizeof(emaudit_drift_options)`.
+   */
+  uint32_t struct_size;
+  /**
+   * Reference sequences per window, from 1 to 2^20; a window too small to ever alarm is refused.
+   */
+  uint32_t window;
+  /**
+   * False-alarm rate per window; above 0 and below 1.
+   */
+  double rate;
+} emaudit_drift_options;
+
+/**
+ * What a drift found. Begin with `EMAUDIT_DRIFT_REPORT_INIT`, which reads as invalid. `probability` to
+ * `highest` describe the quantile of the file at which the last full window stood out most; they are NaN
+ * before the first full window.
+ */
+typedef struct emaudit_drift_report {
+  /**
+   * `sizeof(emaudit_drift_report)`.
+   */
+  uint32_t struct_size;
+  /**
+   * One of `EMAUDIT_DRIFT_*`.
+   */
+  uint32_t state;
+  /**
+   * Reference sequences per window.
+   */
+  uint32_t window;
+  /**
+   * Sequences in the window that is being filled.
+   */
+  uint32_t sequences;
+  /**
+   * Full windows so far.
+   */
+  uint64_t windows;
+  /**
+   * Stated false-alarm rate per window.
+   */
+  double rate;
+  /**
+   * Probability of the quantile.
+   */
+  double probability;
+  /**
+   * Its score in aligned standard deviations.
+   */
+  double z;
+  /**
+   * Share of the window at or below that score.
+   */
+  double share;
+  /**
+   * Lowest steady share.
+   */
+  double lowest;
+  /**
+   * Highest steady share.
+   */
+  double highest;
+} emaudit_drift_report;
+
+/**
  * What a monitor decides by. Begin with `EMAUDIT_MONITOR_OPTIONS_INIT` and set both members.
  */
 typedef struct emaudit_monitor_options {
@@ -743,6 +933,12 @@ typedef struct emaudit_monitor_options {
 
 /**
  * What is known about a sequence. Begin with `EMAUDIT_VERDICT_INIT`, which reads as invalid.
+ *
+ * It means: over the first `horizon` tokens this statistic did (FLAGGED) or did not (CLEAN) exceed a threshold
+ * that about a share `rate` of calm sequences exceeds, sequences like those of the calibration. CLEAN does not
+ * mean aligned: it sees one direction at one layer, and a model may misbehave in others. FLAGGED does not mean
+ * misaligned unless `misalignment` is 1, and one calm sequence in 1 / `rate` is flagged. PENDING, STALE and
+ * INVALID say nothing about the sequence; let none of them pass as clean.
  */
 typedef struct emaudit_verdict {
   /**
@@ -763,8 +959,8 @@ typedef struct emaudit_verdict {
    */
   uint32_t aggregation;
   /**
-   * The statistic in aligned standard deviations: over the first `horizon` tokens, or while pending over
-   * those seen. NaN while invalid.
+   * The statistic in aligned standard deviations: over the first `horizon` tokens, or while fewer were seen
+   * over those. NaN while invalid.
    */
   float score;
   /**
@@ -784,7 +980,7 @@ typedef struct emaudit_verdict {
    */
   uint32_t tokens;
   /**
-   * Tokens the threshold is for: the largest horizon reached, or while pending the first one.
+   * Tokens the threshold is for: the largest horizon reached, or before that the first one.
    */
   uint32_t horizon;
   /**
@@ -898,20 +1094,20 @@ emaudit_status emaudit_kernel_from_name(const char *name,
                                         struct emaudit_error **error);
 
 /**
- * Opens a direction file and checks all of it: container, digest, metadata. A flipped bit anywhere is an
- * error.
+ * Opens a direction file and checks all of it: signature if asked for, container, digest, metadata. A flipped
+ * bit anywhere is an error. What is checked is what is used: with `EMAUDIT_MODE_COPIED` the file is read once.
  *
  * `path` is NUL-terminated, in the encoding of the file system (on Windows UTF-8). `*directions` receives a
  * handle that the caller frees with `emaudit_directions_free`; probes made from it keep what they need, so
  * the order of freeing is free.
  *
- * Errors: INVALID_ARGUMENT, IO, NOT_A_DIRECTION_FILE, TRUNCATED, MALFORMED, UNSUPPORTED_VERSION,
- * DIGEST_MISMATCH, SCHEMA. Threads: any. Blocks on the file and allocates.
+ * Errors: INVALID_ARGUMENT, IO, NOT_A_DIRECTION_FILE, UNSIGNED, BAD_SIGNATURE, UNTRUSTED_KEY, TRUNCATED,
+ * MALFORMED, UNSUPPORTED_VERSION, DIGEST_MISMATCH, SCHEMA. Threads: any. Blocks on the file and allocates.
  *
  * # Safety
- * `path` is NUL-terminated; `options` is NULL or valid for the bytes its `struct_size` states, and a
- * non-NULL `expected_digest` for 32 bytes; `directions` is valid for writing; `error` NULL or valid for
- * writing.
+ * `path` is NUL-terminated; `options` is NULL or valid for the bytes its `struct_size` states, a non-NULL
+ * `expected_digest` for 32 bytes, `signature` for `signature_len`, and a non-NULL `trusted_key` is
+ * NUL-terminated; `directions` is valid for writing; `error` NULL or valid for writing.
  */
 emaudit_status emaudit_directions_open(const char *path,
                                        const struct emaudit_open_options *options,
@@ -934,12 +1130,24 @@ emaudit_status emaudit_directions_from_bytes(const uint8_t *bytes,
                                              struct emaudit_error **error);
 
 /**
- * Frees a handle. NULL is fine. Strings from `emaudit_directions_get_identity` end here; probes do not.
+ * Frees a handle. NULL is fine. Strings read from it end here; probes do not.
  *
  * # Safety
  * `directions` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
  */
 void emaudit_directions_free(struct emaudit_directions *directions);
+
+/**
+ * The trusted comment of the signature that was checked (UTF-8, NUL-terminated), where minisign puts the time and
+ * the file name and a maker can put a version; "" when the directions were opened without a trusted key, and for
+ * NULL. It belongs to `directions` and lives as long as that handle.
+ *
+ * Threads: any. Never fails.
+ *
+ * # Safety
+ * `directions` is NULL or a live handle.
+ */
+const char *emaudit_directions_trusted_comment(const struct emaudit_directions *directions);
 
 /**
  * Describes the file.
@@ -1203,6 +1411,107 @@ emaudit_status emaudit_steering_score_and_apply(const struct emaudit_steering *s
                                                 struct emaudit_error **error);
 
 /**
+ * The self-test of a serving stack: proves, on rows read back from it, that the edit landed.
+ *
+ * `before` holds rows as they were, `after` the same rows as the stack has them after steering with
+ * `strengths` (NULL means 1); each in any dtype, one of them in the dtype in which the stack keeps the rows.
+ * `deviations`, unless NULL, receives `before->rows` float32: how far each row's projection lies from where
+ * it should be, in units of its bound, above 1 for a row that missed, NaN for one that cannot be scored.
+ *
+ * The projection on the unit direction that gate, ceiling, strength and dose limit should leave is compared
+ * with the one measured. They may differ by the numeric contract of the kernels and by the rounding of the
+ * dtypes, no more; rows that were to stay must have stayed. It notices an edit that was dropped, made twice
+ * (where that is not the same), made to another row or with another direction, or lost to rounding. Changes
+ * at right angles to the direction are not looked at. A report of OK with `landed` 0 means that no row was
+ * to be edited: it proves nothing about edits.
+ *
+ * Errors: INVALID_ARGUMENT, WIDTH_MISMATCH; NOT_LANDED when a row missed, or when rows were to be edited and
+ * not one can be shown to be; NON_FINITE when only that was wrong. With the last two, report and deviations
+ * are written. Threads: any. On success it neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `steering` is a live handle; `before` and `after` are valid for the bytes their `struct_size` states and
+ * describe readable memory; non-NULL arrays are valid for `before->rows` elements and `report` for the bytes
+ * its `struct_size` states; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_steering_check_landed(const struct emaudit_steering *steering,
+                                             const struct emaudit_tensor *before,
+                                             const struct emaudit_tensor *after,
+                                             const float *strengths,
+                                             float *deviations,
+                                             struct emaudit_landing_report *report,
+                                             struct emaudit_error **error);
+
+/**
+ * Makes a drift for the layer of a probe.
+ *
+ * `*drift` receives a handle that the caller frees with `emaudit_drift_free`; `probe` may be freed before it.
+ *
+ * Errors: INVALID_ARGUMENT; RATE_UNSUPPORTED when the file has no quantiles, or the window is too small to
+ * ever alarm at that rate (the error says which is not). Threads: any. Allocates.
+ *
+ * # Safety
+ * `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `drift` is valid for
+ * writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_drift_new(const struct emaudit_probe *probe,
+                                 const struct emaudit_drift_options *options,
+                                 struct emaudit_drift **drift,
+                                 struct emaudit_error **error);
+
+/**
+ * Frees a drift. NULL is fine. Monitors that watch it live on and keep its last state.
+ *
+ * # Safety
+ * `drift` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+ */
+void emaudit_drift_free(struct emaudit_drift *drift);
+
+/**
+ * Adds the scores of the next `count` calm sequences: one score each, that of the last token of the prompt,
+ * in `EMAUDIT_UNIT_ALIGNED_SD`. With `count` 0 the pointer is ignored.
+ *
+ * A score that is not finite makes the drift, and every monitor that watches it, invalid until the drift is
+ * reset, and the call returns NON_FINITE.
+ *
+ * Errors: INVALID_ARGUMENT, NON_FINITE. Threads: one at a time per drift; monitors that watch it may be used
+ * meanwhile. On success it neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `drift` is a live handle that no other thread uses; `scores` is valid for reading `count` floats; `error`
+ * is NULL or valid for writing.
+ */
+emaudit_status emaudit_drift_push(struct emaudit_drift *drift,
+                                  const float *scores,
+                                  size_t count,
+                                  struct emaudit_error **error);
+
+/**
+ * Reads what the drift found so far.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: one at a time per drift. On success it neither allocates nor locks nor
+ * blocks.
+ *
+ * # Safety
+ * `drift` is a live handle that no other thread changes; `report` is valid for the bytes its `struct_size`
+ * states; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_drift_get_report(const struct emaudit_drift *drift,
+                                        struct emaudit_drift_report *report,
+                                        struct emaudit_error **error);
+
+/**
+ * Forgets all windows. The monitors that watch it see it pending again.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: one at a time per drift. Neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `drift` is a live handle that no other thread uses; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_drift_reset(struct emaudit_drift *drift,
+                                   struct emaudit_error **error);
+
+/**
  * Makes a monitor for one sequence.
  *
  * `*monitor` receives a handle that the caller frees with `emaudit_monitor_free`; `probe` may be freed
@@ -1227,6 +1536,22 @@ emaudit_status emaudit_monitor_new(const struct emaudit_probe *probe,
  * `monitor` is NULL or a handle that was not freed; it is not used again.
  */
 void emaudit_monitor_free(struct emaudit_monitor *monitor);
+
+/**
+ * Lets the verdicts of a monitor follow a drift of the same layer of the same direction file: STALE while it
+ * stands, INVALID while it is invalid, as without it otherwise. Resetting the monitor does not end this, a
+ * second call replaces the drift. The drift may be freed before the monitor, which then keeps its last state.
+ *
+ * Errors: INVALID_ARGUMENT, also for a drift of another layer or file. Threads: one at a time per monitor;
+ * afterwards monitor and drift may be used by different threads.
+ *
+ * # Safety
+ * `monitor` is a live handle that no other thread uses; `drift` is a live handle that no other thread uses
+ * during the call; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_monitor_watch(struct emaudit_monitor *monitor,
+                                     const struct emaudit_drift *drift,
+                                     struct emaudit_error **error);
 
 /**
  * Adds the scores of the next `count` tokens, in `EMAUDIT_UNIT_ALIGNED_SD`. Token 1 of a sequence is the
@@ -1279,9 +1604,10 @@ emaudit_status emaudit_monitor_reset(struct emaudit_monitor *monitor,
 /* Initialisers. They state the size of the struct and the defaults of this header. */
 
 #define EMAUDIT_TENSOR_INIT { sizeof(emaudit_tensor), 0, NULL, 0, 0, 0 }
-#define EMAUDIT_OPEN_OPTIONS_INIT { sizeof(emaudit_open_options), EMAUDIT_MODE_COPIED, 0, 0, NULL }
+#define EMAUDIT_OPEN_OPTIONS_INIT \
+  { sizeof(emaudit_open_options), EMAUDIT_MODE_COPIED, 0, 0, NULL, NULL, NULL, 0 }
 #define EMAUDIT_DIRECTIONS_INFO_INIT \
-  { sizeof(emaudit_directions_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 } }
+  { sizeof(emaudit_directions_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, { 0 }, 0 }
 #define EMAUDIT_LAYER_INFO_INIT { sizeof(emaudit_layer_info), 0, 0, 0, 0.0 }
 #define EMAUDIT_THRESHOLD_INIT { sizeof(emaudit_threshold), 0, 0, 0, 0.0, 0.0, 0.0 }
 #define EMAUDIT_MODEL_IDENTITY_INIT \
@@ -1291,6 +1617,10 @@ emaudit_status emaudit_monitor_reset(struct emaudit_monitor *monitor,
 #define EMAUDIT_STEERING_OPTIONS_INIT \
   { sizeof(emaudit_steering_options), 0, 1.0f, 0.0f, 0, 0.0f, 0, 0.0f, 0, 0 }
 #define EMAUDIT_STEER_REPORT_INIT { sizeof(emaudit_steer_report), 0.0f, 0, 0, 0, 0, 0 }
+#define EMAUDIT_LANDING_REPORT_INIT { sizeof(emaudit_landing_report), 0.0f, 0, 0, 0, 0, 0, 0 }
+#define EMAUDIT_DRIFT_OPTIONS_INIT { sizeof(emaudit_drift_options), 0, 0.0 }
+#define EMAUDIT_DRIFT_REPORT_INIT \
+  { sizeof(emaudit_drift_report), EMAUDIT_DRIFT_INVALID, 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0 }
 #define EMAUDIT_MONITOR_OPTIONS_INIT { sizeof(emaudit_monitor_options), 0, 0.0 }
 #define EMAUDIT_VERDICT_INIT \
   { sizeof(emaudit_verdict), EMAUDIT_STATE_INVALID, 0, 0, 0.0f, 0.0f, 0.0, 0.0, 0, 0, 0, 0, 0, 0, { 0 } }

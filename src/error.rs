@@ -51,6 +51,14 @@ pub enum Status {
     KernelUnavailable = 15,
     /// A caught panic: a defect of the library, never the caller's fault. Nothing may be concluded.
     Panic = 16,
+    /// A trusted key was given and the file has no signature.
+    Unsigned = 17,
+    /// The signature does not fit the file, or is none.
+    BadSignature = 18,
+    /// The file is signed, but not with the trusted key.
+    UntrustedKey = 19,
+    /// Rows read back after steering are not where the edit should have put them.
+    NotLanded = 20,
 }
 
 /// Result of every fallible call of the library.
@@ -160,6 +168,35 @@ pub enum Error {
     /// See [`Status::Panic`].
     #[error("internal error (caught panic): {0}; please report it")]
     Panic(String),
+    /// See [`Status::Unsigned`].
+    #[error("unsigned direction file: {0}; sign it with minisign, or open it without a trusted key")]
+    Unsigned(String),
+    /// See [`Status::BadSignature`].
+    #[error("bad signature: {0}")]
+    BadSignature(String),
+    /// See [`Status::UntrustedKey`].
+    #[error("untrusted signature: it is by the key {found}, the trusted key is {expected}")]
+    UntrustedKey {
+        /// Id of the trusted key.
+        expected: String,
+        /// Id of the key in the signature.
+        found: String,
+    },
+    /// See [`Status::NotLanded`].
+    #[error(
+        "the edit did not land: of {rows} row(s), {missed} are not where it should have put them (by up to \
+         {largest_deviation} times what rounding allows) and in {lost} it is too small for the dtype to show"
+    )]
+    NotLanded {
+        /// Rows given.
+        rows: usize,
+        /// Rows that are elsewhere.
+        missed: usize,
+        /// Rows whose edit rounding can swallow.
+        lost: usize,
+        /// Largest deviation of a projection, in units of its bound.
+        largest_deviation: f32,
+    },
 }
 
 impl Error {
@@ -182,6 +219,10 @@ impl Error {
             Error::RateUnsupported { .. } => Status::RateUnsupported,
             Error::KernelUnavailable { .. } => Status::KernelUnavailable,
             Error::Panic(_) => Status::Panic,
+            Error::Unsigned(_) => Status::Unsigned,
+            Error::BadSignature(_) => Status::BadSignature,
+            Error::UntrustedKey { .. } => Status::UntrustedKey,
+            Error::NotLanded { .. } => Status::NotLanded,
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! The way data takes, one module per step: [`directions`] (file, mapped or copied, checked whole) ->
 //! [`probe`] (one layer bound to one kernel) -> scores -> [`monitor`] (one sequence) -> [`verdict`].
+//! [`drift`] watches whether calm sequences still score as they did in calibration; while they do not, verdicts are stale.
 //! [`steering`] edits rows in place; [`controls`] makes the seeded directions that a claim must beat;
 //! [`kernel`] is arithmetic only; [`ffi`] is the C ABI over all of it.
 //!
@@ -28,6 +29,7 @@
 pub mod activations;
 pub mod controls;
 pub mod directions;
+pub mod drift;
 pub mod error;
 pub mod ffi;
 pub mod kernel;
@@ -38,11 +40,12 @@ pub mod verdict;
 
 pub use activations::{Dtype, Rows, RowsMut};
 pub use directions::Directions;
+pub use drift::{Drift, DriftReport, DriftState};
 pub use error::{Error, Result, Status};
 pub use kernel::KernelKind;
 pub use monitor::Monitor;
 pub use probe::{Probe, RowStatus, ScoreUnit};
-pub use steering::{Operation, SteerReport, Steering, SteeringOptions};
+pub use steering::{LandingReport, Operation, SteerReport, Steering, SteeringOptions};
 pub use verdict::{State, Verdict};
 
 #[cfg(doctest)]

@@ -1,9 +1,12 @@
 //! Per-sequence state: token scores in, a verdict out.
 
+use crate::directions::Directions;
 use crate::directions::schema::{Aggregation, Calibration, Specificity, Threshold};
+use crate::drift::{Drift, DriftState, Shared};
 use crate::error::{Error, Result};
 use crate::probe::Probe;
 use crate::verdict::{State, Verdict};
+use std::sync::Arc;
 
 /// Two rates are the same rate when they differ by less than this share.
 const SAME_RATE: f64 = 1e-9;
@@ -13,6 +16,7 @@ const SAME_RATE: f64 = 1e-9;
 /// The statistic over the first `H` tokens is frozen at each horizon `H` of the file, and a verdict speaks for the largest
 /// horizon reached: each holds its own false-positive rate, a later one does not inherit an earlier flag.
 /// Fails closed: no token, or a score that is not finite, is [`State::Invalid`], until [`Monitor::reset`].
+/// While a [`Drift`] that it watches stands, the calibration does not hold and every other verdict is [`State::Stale`].
 ///
 /// `Send`; belongs to one thread at a time. Nothing allocates after [`Monitor::new`].
 /// ```
@@ -37,8 +41,10 @@ const SAME_RATE: f64 = 1e-9;
 /// ```
 #[derive(Clone, Debug)]
 pub struct Monitor {
+    directions: Arc<Directions>,
     aggregation: Aggregation,
     thresholds: Vec<Threshold>,
+    watched: Option<Arc<Shared>>,
     /// The part of every verdict that does not change.
     identity: Verdict,
     content_specific: bool,
@@ -80,10 +86,7 @@ impl Monitor {
     ///
     /// Errors: [`Error::RateUnsupported`] when the file has none (it says which it has), or the probe has no file.
     pub fn new(probe: &Probe, aggregation: Aggregation, rate: f64) -> Result<Monitor> {
-        let no_file =
-            || Error::RateUnsupported { rate, reason: "the probe has no calibrated direction file".into() };
-        let directions = probe.directions().ok_or_else(no_file)?;
-        let layer = probe.layer().ok_or_else(no_file)?;
+        let (directions, layer) = calibrated(probe, rate)?;
         let thresholds = select(directions.layer(layer)?.calibration, aggregation, rate)?;
         let identity = Verdict {
             layer,
@@ -94,8 +97,10 @@ impl Monitor {
             ..Verdict::default()
         };
         Ok(Monitor {
+            directions: directions.clone(),
             aggregation,
             thresholds,
+            watched: None,
             identity,
             content_specific: directions.manifest().evidence.content_at(layer) == Specificity::Specific,
             running: Running::default(),
@@ -103,6 +108,15 @@ impl Monitor {
             frozen: f64::NAN,
             invalid: false,
         })
+    }
+
+    /// From now on verdicts follow that drift: [`State::Stale`] while it stands, [`State::Invalid`] while it is invalid, as
+    /// without it otherwise. A reset does not end this; another drift replaces it; a dropped one keeps its last state.
+    ///
+    /// Errors: [`Error::InvalidArgument`] for a drift of another layer or direction file.
+    pub fn watch(&mut self, drift: &Drift) -> Result<()> {
+        self.watched = Some(drift.shared_with(&self.directions, self.identity.layer)?);
+        Ok(())
     }
 
     /// Takes the score of the next token, in aligned standard deviations.
@@ -125,7 +139,9 @@ impl Monitor {
     /// What may be said now.
     pub fn verdict(&self) -> Verdict {
         let seen = Verdict { tokens: self.running.tokens, score: f32::NAN, ..self.identity };
-        if self.invalid || self.running.tokens == 0 {
+        // A drift that is not watched, or has no full window yet, says nothing against the calibration.
+        let drift = self.watched.as_ref().map_or(DriftState::Pending, |watched| watched.get());
+        if self.invalid || self.running.tokens == 0 || drift == DriftState::Invalid {
             return seen;
         }
         let (threshold, statistic) = match self.next.checked_sub(1) {
@@ -133,6 +149,7 @@ impl Monitor {
             Some(reached) => (&self.thresholds[reached], self.frozen),
         };
         let state = match self.next {
+            _ if drift == DriftState::Drifted => State::Stale,
             0 => State::Pending,
             _ if statistic > threshold.z => State::Flagged,
             _ => State::Clean,
@@ -156,6 +173,13 @@ impl Monitor {
         self.frozen = f64::NAN;
         self.invalid = false;
     }
+}
+
+/// The direction file and layer of a probe; a rate needs a calibration.
+pub(crate) fn calibrated(probe: &Probe, rate: f64) -> Result<(&Arc<Directions>, u32)> {
+    let found = probe.directions().zip(probe.layer());
+    let reason = || "the probe has no calibrated direction file".to_owned();
+    found.ok_or_else(|| Error::RateUnsupported { rate, reason: reason() })
 }
 
 /// The thresholds of one aggregation and rate, by horizon; never empty.

@@ -7,6 +7,9 @@ use crate::kernel::{Kernel, Scored};
 use crate::probe::{Probe, Projection, RowStatus, ScoreUnit, check_length};
 use half::{bf16, f16};
 
+mod landing;
+pub use landing::LandingReport;
+
 /// What is done to a row `h`; `v` is the raw direction, `u = v/|v|`, `s` the row's strength (1 where none is given).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Operation {
@@ -104,6 +107,19 @@ pub struct Steering {
 /// Rows that are scored one after the other before they are edited one after the other: the two vectors then take
 /// turns in the first cache once per group, and the group stays in the second.
 const GROUP: usize = 8;
+
+/// What is to be done to one row: `h -= c * vector`, and nothing when `c` is 0.
+struct Decision {
+    status: RowStatus,
+    c: f32,
+    dose: f64,
+}
+
+impl Decision {
+    fn leave(status: RowStatus) -> Self {
+        Decision { status, c: 0.0, dose: 0.0 }
+    }
+}
 
 /// What became of one row.
 struct Outcome {
@@ -276,22 +292,27 @@ impl Steering {
         if self.options.gate.is_some_and(|gate| seen.z <= gate) {
             return Outcome::untouched(RowStatus::Gated);
         }
+        let Decision { status, c, dose } = self.decide(row, seen, squares, strength);
+        if c == 0.0 {
+            return Outcome::untouched(status);
+        }
+        self.kernel.edit_ahead(row, self.vector(), c, next);
+        Outcome { status, dose, touched: true }
+    }
+
+    /// What an open gate lets happen to the row.
+    fn decide<T: Scored>(&self, row: &[T], seen: Projection, squares: f32, strength: f32) -> Decision {
         let asked = self.coefficient(seen, strength);
         if asked == 0.0 {
-            return Outcome::untouched(RowStatus::Ok);
+            return Decision::leave(RowStatus::Ok);
         }
         let norm = row_norm(row, squares);
         let (wide, dose, status) = self.limit(asked, norm);
         let c = wide as f32;
-        if c == 0.0 {
-            return Outcome::untouched(status);
+        if c != 0.0 && !self.stays_finite(row, self.vector(), c, norm) {
+            return Decision::leave(RowStatus::NonFinite);
         }
-        let vector = self.vector();
-        if !self.stays_finite(row, vector, c, norm) {
-            return Outcome::untouched(RowStatus::NonFinite);
-        }
-        self.kernel.edit_ahead(row, vector, c, next);
-        Outcome { status, dose, touched: true }
+        Decision { status, c, dose }
     }
 
     /// The vector that is subtracted.

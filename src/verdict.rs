@@ -13,6 +13,9 @@ pub enum State {
     Clean = 2,
     /// The statistic exceeds the threshold.
     Flagged = 3,
+    /// The aligned distribution has drifted from the calibration, so the threshold no longer keeps its rate: neither clean nor
+    /// flagged, whatever the score. Calibrate again.
+    Stale = 4,
 }
 
 /// A verdict, laid out as C has it (88 bytes, no padding). A [`Monitor`](crate::Monitor) makes it.
@@ -32,8 +35,8 @@ pub struct Verdict {
     pub state: State,
     /// 1 only when flagged along a direction whose content evidence is `specific`; else 0.
     pub misalignment: u32,
-    /// The statistic, in aligned standard deviations: over the first `horizon` tokens, or while pending over those
-    /// seen. NaN in an invalid verdict of a monitor.
+    /// The statistic, in aligned standard deviations: over the first `horizon` tokens, or while fewer were seen over those.
+    /// NaN in an invalid verdict of a monitor.
     pub score: f32,
     /// Flagged above this, same unit.
     pub threshold: f32,
@@ -43,7 +46,7 @@ pub struct Verdict {
     pub rate_upper: f64,
     /// Tokens seen, the last prompt token being the first. Stops at `u32::MAX`.
     pub tokens: u32,
-    /// Tokens the threshold is for: the largest horizon reached, or while pending the first one.
+    /// Tokens the threshold is for: the largest horizon reached, or before that the first one.
     pub horizon: u32,
     /// Layer of the direction.
     pub layer: u32,

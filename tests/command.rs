@@ -57,8 +57,9 @@ fn verify_accepts_the_right_file_for_the_right_model() {
     let (_folder, path, digest) = sample();
     let model =
         ["--model-width", "5", "--model-layers", "4", "--vocab-size", "100", "--architecture", "llama"];
+    let site = ["--site", "resid_post"];
     let upper = digest.to_uppercase();
-    for options in [&[][..], &["--digest", &digest], &["--digest", &upper], &model] {
+    for options in [&[][..], &["--digest", &digest], &["--digest", &upper], &model, &site] {
         let output = run("verify", &path, options);
         assert!(output.status.success() && output.stderr.is_empty(), "{options:?}");
         let sentence = text(&output.stdout);
@@ -83,6 +84,8 @@ fn verify_refuses_another_file_or_another_model() {
         (&path, &["--vocab-size", "1"], 9, "vocabulary size is 1"),
         (&path, &["--architecture", "qwen2"], 9, "architecture is qwen2"),
         (&path, &["--tokenizer-digest", &other], 9, "tokenizer digest is 7777"),
+        (&path, &["--site", "final_norm"], 9, "site is final_norm, the directions need resid_post"),
+        (&path, &["--key", "a note"], 1, "not a minisign public key"),
         (&nothing, &[], 2, "cannot open"),
     ];
     for (file, options, status, sentence) in cases {
@@ -97,6 +100,50 @@ fn verify_refuses_another_file_or_another_model() {
         assert_eq!((&object["ok"], &object["status"]), (&Value::from(false), &Value::from(status)));
         assert!(object["error"].as_str().unwrap().contains(sentence), "{object}");
     }
+}
+
+#[test]
+fn verify_with_a_key_wants_its_signature() {
+    let (folder, path, digest) = sample();
+    let [key, stranger] = [(); 2].map(|()| minisign::KeyPair::generate_unencrypted_keypair().unwrap());
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let line = key.pk.to_base64();
+    std::fs::write(at("key.pub"), key.pk.to_box().unwrap().to_string()).unwrap();
+    let refused = |options: &[&str], status: i32, sentence: &str| {
+        let output = run("verify", &path, options);
+        assert_eq!(output.status.code(), Some(1), "{options:?}");
+        assert!(text(&output.stderr).contains(sentence), "{}", text(&output.stderr));
+        let object: Value =
+            serde_json::from_slice(&run("verify", &path, &[options, &["--json"]].concat()).stdout).unwrap();
+        assert_eq!(object["status"], status, "{object}");
+    };
+    refused(&["--key", &line], 17, "unsigned direction file: there is no ");
+    let bytes = std::fs::read(&path).unwrap();
+    let comment = "timestamp:1\tversion 7";
+    let sign = |pair: &minisign::KeyPair, bytes: &[u8]| {
+        minisign::sign(Some(&pair.pk), &pair.sk, bytes, Some(comment), None).unwrap().into_string()
+    };
+    std::fs::write(at("sample.safetensors.minisig"), sign(&key, &bytes)).unwrap();
+    std::fs::write(at("elsewhere"), sign(&key, b"another file")).unwrap();
+    for options in [["--key", &line], ["--key", &at("key.pub")]] {
+        let output = run("verify", &path, &options);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let sentence = text(&output.stdout);
+        let start = format!("good: {digest} matches its own digest, signed by ");
+        assert!(
+            sentence.starts_with(&start) && sentence.contains(" (timestamp:1 version 7); causal "),
+            "{sentence}"
+        );
+        let object: Value =
+            serde_json::from_slice(&run("verify", &path, &[&options[..], &["--json"]].concat()).stdout)
+                .unwrap();
+        assert_eq!(object["signed"]["trusted_comment"], comment);
+    }
+    refused(&["--key", &stranger.pk.to_base64()], 19, "untrusted signature: it is by the key ");
+    refused(&["--key", &line, "--signature", &at("elsewhere")], 18, "is not what was signed");
+    refused(&["--key", &line, "--signature", &at("nothing")], 2, "cannot read ");
+    assert_eq!(run("verify", &path, &["--signature", &at("elsewhere")]).status.code(), Some(2));
+    assert_eq!(run("verify", &path, &["--site", "nowhere"]).status.code(), Some(2));
 }
 
 #[test]

@@ -8,8 +8,12 @@ use emaudit::{Error, Status};
 use std::borrow::Cow;
 use std::sync::Arc;
 
-const CARELESS: OpenOptions = OpenOptions { mode: Mode::Copied, verify: false, expected_digest: None };
-const MAPPED: OpenOptions = OpenOptions { mode: Mode::Mapped, verify: true, expected_digest: None };
+const CARELESS: OpenOptions = options(Mode::Copied, false);
+const MAPPED: OpenOptions = options(Mode::Mapped, true);
+
+const fn options(mode: Mode, verify: bool) -> OpenOptions {
+    OpenOptions { mode, verify, expected_digest: None, trusted_key: None, signature: None }
+}
 
 /// The bytes of the sample file, by the library's writer.
 fn sample() -> Vec<u8> {

@@ -4,8 +4,8 @@ use emaudit::directions::schema::*;
 use emaudit::directions::{Directions, LayerTensors, OpenOptions, to_bytes};
 use emaudit::kernel::available;
 use emaudit::{
-    Error, Monitor, Operation, Probe, RowStatus, Rows, RowsMut, ScoreUnit, State, Steering, SteeringOptions,
-    Verdict,
+    Drift, Error, Monitor, Operation, Probe, RowStatus, Rows, RowsMut, ScoreUnit, State, Steering,
+    SteeringOptions, Verdict,
 };
 use half::f16;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -339,6 +339,9 @@ fn scoring_steering_and_monitoring_never_allocate() {
         ];
         let steerings = operations.map(|operation| Steering::new(&probe, all(operation)).unwrap());
         let mut monitor = Monitor::new(&probe, Aggregation::Max, 0.01).unwrap();
+        // Two windows fill up on the way.
+        let mut drift = Drift::new(&probe, 8, 0.05).unwrap();
+        monitor.watch(&drift).unwrap();
         let mut narrow: Vec<f16> = (0..ROWS * WIDTH).map(|i| f16::from_f32((i % 19) as f32 - 7.0)).collect();
         // One row takes the error path, one the second look at its norm, one the look at the range of f16.
         narrow[3] = f16::NAN;
@@ -359,7 +362,11 @@ fn scoring_steering_and_monitoring_never_allocate() {
                     Some(&mut status),
                 );
                 assert!(matches!(result, Err(Error::NonFinite { .. })));
+                let rows = rows.as_rows();
+                std::hint::black_box(steering.check_landed(&rows, &rows, None, Some(&mut scores)).is_ok());
                 monitor.push_scores(&scores);
+                drift.push_scores(&[0.5; ROWS]);
+                std::hint::black_box(drift.report());
                 std::hint::black_box(monitor.verdict());
             }
         });

@@ -89,6 +89,10 @@ struct OpenOptions {
   bool verify = true;
   /// SHA-256 of the whole file from a source you trust.
   std::optional<Digest> expected_digest;
+  /// Minisign public key that must have signed the file: its line, or the text of its .pub file.
+  std::optional<std::string> trusted_key;
+  /// Text of the signature; empty reads it from the file's path with ".minisig" added.
+  std::string signature;
 };
 
 /// What a direction file says about itself.
@@ -102,6 +106,8 @@ struct DirectionsInfo {
   Estimator estimator = Estimator::mean_difference;
   Contrast contrast = Contrast::adapter_minus_base;
   Digest digest{};
+  /// Signed with the trusted key of the open options.
+  bool trusted = false;
   /// The layers that have a direction, ascending.
   std::vector<std::uint32_t> layers;
 };
@@ -188,9 +194,13 @@ class Directions {
           info.estimator = static_cast<Estimator>(raw.estimator);
           info.contrast = static_cast<Contrast>(raw.contrast);
           info.digest = detail::digest_of(raw.digest);
+          info.trusted = raw.trusted != 0;
           return std::move(info);
         });
   }
+
+  /// Trusted comment of the signature that was checked; "" without a trusted key. Lives as long as this handle.
+  const char *trusted_comment() const noexcept { return detail::functions()->directions_trusted_comment(get()); }
 
   /// The model the directions were made for.
   Result<ModelIdentity> model() const {
@@ -275,6 +285,9 @@ class Directions {
     raw.mode = static_cast<std::uint32_t>(options.mode);
     raw.skip_verify = options.verify ? 0 : 1;
     raw.expected_digest = options.expected_digest ? options.expected_digest->data() : nullptr;
+    raw.trusted_key = options.trusted_key ? options.trusted_key->c_str() : nullptr;
+    raw.signature = reinterpret_cast<const std::uint8_t *>(options.signature.data());
+    raw.signature_len = options.signature.size();
     emaudit_directions *handle = nullptr;
     return detail::run<Directions>(
         [&](const detail::Functions &f, emaudit_error **e) { return open(f, &raw, &handle, e); },

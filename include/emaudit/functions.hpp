@@ -28,6 +28,7 @@
   X(directions_open)            \
   X(directions_from_bytes)      \
   X(directions_free)            \
+  X(directions_trusted_comment) \
   X(directions_get_info)        \
   X(directions_get_layers)      \
   X(directions_get_identity)    \
@@ -44,8 +45,15 @@
   X(steering_free)              \
   X(steering_apply)             \
   X(steering_score_and_apply)   \
+  X(steering_check_landed)      \
+  X(drift_new)                  \
+  X(drift_free)                 \
+  X(drift_push)                 \
+  X(drift_get_report)           \
+  X(drift_reset)                \
   X(monitor_new)                \
   X(monitor_free)               \
+  X(monitor_watch)              \
   X(monitor_push)               \
   X(monitor_get_verdict)        \
   X(monitor_reset)

@@ -4,6 +4,7 @@
 #ifndef EMAUDIT_MONITOR_HPP
 #define EMAUDIT_MONITOR_HPP
 
+#include "drift.hpp"
 #include "probe.hpp"
 
 #include <cstdint>
@@ -11,12 +12,13 @@
 namespace emaudit {
 inline namespace EMAUDIT_LINKAGE {
 
-/// What is known about a sequence. Only `clean` is clean.
+/// What is known about a sequence. Only `clean` is clean; `stale` means that the thresholds no longer hold.
 enum class State : std::uint32_t {
   invalid = EMAUDIT_STATE_INVALID,
   pending = EMAUDIT_STATE_PENDING,
   clean = EMAUDIT_STATE_CLEAN,
   flagged = EMAUDIT_STATE_FLAGGED,
+  stale = EMAUDIT_STATE_STALE,
 };
 
 /// What is known about a sequence; default-constructed it is invalid.
@@ -50,6 +52,14 @@ class Monitor {
           return f.monitor_new(probe.get(), &options, &handle, e);
         },
         [&] { return Monitor(handle); });
+  }
+
+  /// Lets the verdicts follow a drift of the same layer and file: stale while it stands, invalid while it is
+  /// invalid. The drift may go first; then its last state stays.
+  Result<void> watch(const Drift &drift) {
+    return detail::run([&](const detail::Functions &f, emaudit_error **e) {
+      return f.monitor_watch(handle_.get(), drift.get(), e);
+    });
   }
 
   /// Adds the scores of the next tokens, in aligned standard deviations; token 1 is the last prompt token.

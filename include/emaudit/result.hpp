@@ -39,6 +39,10 @@ enum class Status : std::int32_t {
   rate_unsupported = EMAUDIT_STATUS_RATE_UNSUPPORTED,
   kernel_unavailable = EMAUDIT_STATUS_KERNEL_UNAVAILABLE,
   panic = EMAUDIT_STATUS_PANIC,
+  unsigned_file = EMAUDIT_STATUS_UNSIGNED,
+  bad_signature = EMAUDIT_STATUS_BAD_SIGNATURE,
+  untrusted_key = EMAUDIT_STATUS_UNTRUSTED_KEY,
+  not_landed = EMAUDIT_STATUS_NOT_LANDED,
   /// The library was not found or could not be loaded.
   library_not_found = -1,
   /// A library was found, but it is no emaudit, has another ABI, or lacks a function.
@@ -58,6 +62,7 @@ struct Deleter {
   void operator()(emaudit_directions *handle) const noexcept { functions()->directions_free(handle); }
   void operator()(emaudit_probe *handle) const noexcept { functions()->probe_free(handle); }
   void operator()(emaudit_steering *handle) const noexcept { functions()->steering_free(handle); }
+  void operator()(emaudit_drift *handle) const noexcept { functions()->drift_free(handle); }
   void operator()(emaudit_monitor *handle) const noexcept { functions()->monitor_free(handle); }
 };
 

@@ -45,6 +45,17 @@ struct SteerReport {
   float largest_dose = 0.0f;
 };
 
+/// What a self-test of steering found; see emaudit_landing_report.
+struct LandingReport {
+  std::uint64_t rows = 0;
+  std::uint64_t landed = 0;
+  std::uint64_t lost = 0;
+  std::uint64_t untouched = 0;
+  std::uint64_t missed = 0;
+  std::uint64_t nonfinite = 0;
+  float largest_deviation = 0.0f;
+};
+
 /// A checked way to edit rows.
 class Steering {
  public:
@@ -98,6 +109,37 @@ class Steering {
       return f.steering_score_and_apply(get(), rows.c_tensor(), static_cast<std::uint32_t>(unit), scores.data(),
                                         pointer(strengths), detail::status_bytes(status), raw, e);
     });
+  }
+
+  /// Proves on rows read back from the serving stack that the edit landed: not_landed where it did not.
+  /// `strengths` and `deviations`, unless empty, have one element per row; `report` and `deviations` are also
+  /// written when the result is not_landed or non_finite.
+  Result<void> check_landed(const Rows &before, const Rows &after, LandingReport *report = nullptr,
+                            Span<const float> strengths = {}, Span<float> deviations = {}) const {
+    for (const Rows *rows : {&before, &after}) {
+      if (std::optional<Error> error = rows->check()) {
+        return std::move(*error);
+      }
+    }
+    if (std::optional<Error> error = detail::check_optional_size("strengths", strengths.size(), before.rows())) {
+      return std::move(*error);
+    }
+    if (std::optional<Error> error = detail::check_optional_size("deviations", deviations.size(), before.rows())) {
+      return std::move(*error);
+    }
+    emaudit_landing_report raw = EMAUDIT_LANDING_REPORT_INIT;
+    Result<void> result = detail::run([&](const detail::Functions &f, emaudit_error **e) {
+      return f.steering_check_landed(get(), before.c_tensor(), after.c_tensor(), pointer(strengths),
+                                     deviations.size() == 0 ? nullptr : deviations.data(), &raw, e);
+    });
+    const Status status = result.status();
+    const bool written = status == Status::ok || status == Status::not_landed || status == Status::non_finite;
+    if (report != nullptr && written) {
+      *report = LandingReport{raw.rows,      raw.landed,    raw.lost,
+                              raw.untouched, raw.missed,    raw.nonfinite,
+                              raw.largest_deviation};
+    }
+    return result;
   }
 
   const emaudit_steering *get() const noexcept { return handle_.get(); }

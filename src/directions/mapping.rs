@@ -19,16 +19,9 @@ pub(super) enum Bytes {
 impl Bytes {
     /// Reads or maps a regular file of at most [`FILE_CAP`] bytes.
     pub(super) fn open(path: &Path, mode: Mode) -> Result<Bytes> {
-        let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
-        // Asked before opening: to open a pipe would wait for a writer.
-        let metadata = std::fs::metadata(path).map_err(io("open"))?;
-        if !metadata.is_file() {
-            let why = std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file");
-            return Err(io("open")(why));
-        }
-        let file = File::open(path).map_err(io("open"))?;
-        let len = file.metadata().map_err(io("open"))?.len();
+        let (file, len) = open_regular(path)?;
         super::container::check_size(len)?;
+        let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
         match mode {
             Mode::Copied => read(&file, len).map(Bytes::Owned).map_err(io("read")),
             Mode::Mapped => map(&file).map(Bytes::Mapped).map_err(io("map")),
@@ -44,6 +37,18 @@ impl std::ops::Deref for Bytes {
             Bytes::Mapped(map) => map,
         }
     }
+}
+
+/// Opens a regular file and gives its length at this moment.
+pub(super) fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let io = |source| Error::Io { action: "open", path: path.to_owned(), source };
+    // Asked before opening: to open a pipe would wait for a writer.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(io(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
+    }
+    let file = File::open(path).map_err(io)?;
+    let len = file.metadata().map_err(io)?.len();
+    Ok((file, len))
 }
 
 /// Reads to the end; a file that grows meanwhile is still cut off at the cap.

@@ -23,11 +23,13 @@ mod json;
 mod mapping;
 mod rules;
 pub mod schema;
+mod signature;
 mod writer;
 
 #[doc = include_str!("FORMAT.md")]
 pub mod format {}
 
+pub use signature::{Signed, TrustedKey};
 pub use writer::{LayerTensors, to_bytes, write};
 
 use crate::error::{Error, Result};
@@ -60,11 +62,26 @@ pub struct OpenOptions {
     pub verify: bool,
     /// The SHA-256 the whole file must have, from a place you trust; checked whatever `verify` says.
     pub expected_digest: Option<[u8; 32]>,
+    /// The file must be signed with this key (minisign); checked whatever `verify` says, over the very bytes that
+    /// are then used, before anything in them is read.
+    ///
+    /// A signature says who, not which: an older file by the same key passes. Where that matters pin the digest,
+    /// or look at [`Signed::trusted_comment`].
+    pub trusted_key: Option<TrustedKey>,
+    /// The text of the signature; without it, it is read from the file's path with `.minisig` added. Only together
+    /// with a `trusted_key`.
+    pub signature: Option<Vec<u8>>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { mode: Mode::Copied, verify: true, expected_digest: None }
+        OpenOptions {
+            mode: Mode::Copied,
+            verify: true,
+            expected_digest: None,
+            trusted_key: None,
+            signature: None,
+        }
     }
 }
 
@@ -96,6 +113,7 @@ pub struct Directions {
     storage: Storage,
     digest: [u8; 32],
     verified: bool,
+    signed: Option<Signed>,
 }
 
 /// Where the tensor values live.
@@ -125,18 +143,24 @@ struct Checked {
     data: std::ops::Range<usize>,
     digest: [u8; 32],
     verified: bool,
+    signed: Option<Signed>,
 }
 
 impl Directions {
-    /// Opens a direction file and checks all of it: container, digest, manifest, values.
+    /// Opens a direction file and checks all of it: signature if asked for, container, digest, manifest, values.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::NotADirectionFile`], [`Error::Truncated`], [`Error::Malformed`],
-    /// [`Error::UnsupportedVersion`], [`Error::DigestMismatch`], [`Error::Schema`]: the first rule broken, in
-    /// the order of the [`mod@format`].
+    /// [`Error::Io`], [`Error::NotADirectionFile`], [`Error::Unsigned`], [`Error::BadSignature`],
+    /// [`Error::UntrustedKey`], [`Error::Truncated`], [`Error::Malformed`], [`Error::UnsupportedVersion`],
+    /// [`Error::DigestMismatch`], [`Error::Schema`]: the first rule broken, in the order of the [`mod@format`].
+    /// [`Error::InvalidArgument`] for a signature without a key.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Directions> {
         let bytes = Bytes::open(path.as_ref(), options.mode)?;
-        let checked = check(&bytes, options)?;
+        let beside = match (&options.trusted_key, &options.signature) {
+            (Some(_), None) => Some(signature::read_beside(path.as_ref())?),
+            _ => None,
+        };
+        let checked = check(&bytes, options, beside.as_deref().or(options.signature.as_deref()))?;
         let data_start = checked.data.start;
         let storage = match bytes {
             Bytes::Owned(ref owned) => Storage::Copied(values(&owned[checked.data.clone()]).into_owned()),
@@ -150,14 +174,14 @@ impl Directions {
     /// # Errors
     /// As [`Directions::open`], without the file operations.
     pub fn from_bytes(bytes: &[u8], options: &OpenOptions) -> Result<Directions> {
-        let checked = check(bytes, options)?;
+        let checked = check(bytes, options, options.signature.as_deref())?;
         let storage = Storage::Copied(values(&bytes[checked.data.clone()]).into_owned());
         Ok(Directions::from_checked(checked, storage))
     }
 
     fn from_checked(checked: Checked, storage: Storage) -> Directions {
-        let Checked { manifest, spans, digest, verified, .. } = checked;
-        Directions { manifest, spans, storage, digest, verified }
+        let Checked { manifest, spans, digest, verified, signed, .. } = checked;
+        Directions { manifest, spans, storage, digest, verified, signed }
     }
 
     /// The metadata: identity, site, calibration, evidence, provenance.
@@ -165,14 +189,20 @@ impl Directions {
         &self.manifest
     }
 
-    /// SHA-256 of the whole file; all zero when opened with neither `verify` nor an expected digest.
+    /// SHA-256 of the whole file; all zero when nothing vouched for the bytes ([`Directions::verified`]).
     pub fn digest(&self) -> [u8; 32] {
         self.digest
     }
 
-    /// Whether a digest was checked: the file's own (`verify`) or the caller's (`expected_digest`).
+    /// Whether the bytes were checked: against the digest in the file (`verify`), the caller's digest
+    /// (`expected_digest`) or a signature (`trusted_key`).
     pub fn verified(&self) -> bool {
         self.verified
+    }
+
+    /// What the signature says; `None` when opened without a trusted key.
+    pub fn signed(&self) -> Option<&Signed> {
+        self.signed.as_ref()
     }
 
     /// Elements of a direction: the hidden size of the model.
@@ -207,14 +237,17 @@ impl Directions {
     }
 }
 
-/// All checks, in the order of FORMAT.md: structure, digests, manifest, values.
-fn check(bytes: &[u8], options: &OpenOptions) -> Result<Checked> {
+/// All checks, in the order of FORMAT.md: signature, structure, digests, manifest, values.
+fn check(bytes: &[u8], options: &OpenOptions, signature: Option<&[u8]>) -> Result<Checked> {
+    container::check_size(bytes.len() as u64)?;
+    let signed = check_signature(bytes, options, signature)?;
     let file = container::parse(bytes)?;
+    let verified = options.verify || options.expected_digest.is_some() || signed.is_some();
     let mut digest = [0; 32];
     if options.verify {
         digest::compare(&file.stated, &digest::of_content(bytes, file.stated_at))?;
     }
-    if options.verify || options.expected_digest.is_some() {
+    if verified {
         digest = digest::of_file(bytes);
     }
     if let Some(expected) = &options.expected_digest {
@@ -233,8 +266,20 @@ fn check(bytes: &[u8], options: &OpenOptions) -> Result<Checked> {
     for (layer, span) in &file.layers {
         check_values(*layer, span, &all, manifest.model.hidden_size as usize)?;
     }
-    let verified = options.verify || options.expected_digest.is_some();
-    Ok(Checked { manifest, spans: file.layers.into_values().collect(), data: file.data, digest, verified })
+    let spans = file.layers.into_values().collect();
+    Ok(Checked { manifest, spans, data: file.data, digest, verified, signed })
+}
+
+/// The signature over the very bytes that are used, where the caller trusts a key.
+fn check_signature(bytes: &[u8], options: &OpenOptions, signature: Option<&[u8]>) -> Result<Option<Signed>> {
+    match (&options.trusted_key, signature) {
+        (Some(key), Some(signature)) => key.check(bytes, signature).map(Some),
+        (Some(_), None) => Err(Error::Unsigned("no signature was given with the bytes".into())),
+        (None, Some(_)) => {
+            Err(Error::InvalidArgument("a signature says nothing without a trusted key; give both".into()))
+        }
+        (None, None) => Ok(None),
+    }
 }
 
 /// The width of both tensors, finite values, and a direction that points somewhere.

@@ -156,13 +156,11 @@ impl Threshold {
         probability(format_args!("{at}.rate"), self.rate)?;
         score(format_args!("{at}.z"), self.z)?;
         let n = f64::from(self.sequences);
-        // n calm sequences have n + 1 ranks for the next one: no rarer alarm can be told apart.
-        let supported = self.rate * (n + 1.0) >= 1.0 - 1e-9;
-        let must =
-            format_args!("at least 1 / (sequences + 1) = {}; calibrate on more sequences", 1.0 / (n + 1.0));
-        rule(supported, format_args!("{at}.rate"), self.rate, must)?;
-        // Not one alarm in n sequences still leaves this much open at 95 %.
+        // Not one alarm in n sequences still leaves this much open at 95 %: about 3 / n.
         let floor = 1.0 - 0.05f64.powf(1.0 / n);
+        let must =
+            format_args!("at least 1 - 0.05^(1 / sequences) = {floor:.6}; calibrate on more sequences");
+        rule(self.rate >= floor - 1e-9, format_args!("{at}.rate"), self.rate, must)?;
         between(format_args!("{at}.rate_upper"), self.rate_upper, floor - 1e-9, 1.0)
     }
 }
@@ -292,7 +290,7 @@ mod tests {
         assert_eq!(
             sentence,
             "inconsistent direction file: layer 12: calibration.thresholds[0].rate is 0.001, it must be at least \
-             1 / (sequences + 1) = 0.0024937655860349127; calibrate on more sequences"
+             1 - 0.05^(1 / sequences) = 0.007461; calibrate on more sequences"
         );
     }
 }

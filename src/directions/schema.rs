@@ -74,6 +74,21 @@ pub enum Site {
     FinalNorm,
 }
 
+impl Site {
+    /// The word used in files, reports and messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Site::ResidPost => "resid_post",
+            Site::FinalNorm => "final_norm",
+        }
+    }
+
+    /// Compares the caller's site with this one: the site is hard, a difference is [`Error::ModelMismatch`].
+    pub fn check(self, found: Site) -> Result<()> {
+        hard("site", &self.as_str(), &found.as_str())
+    }
+}
+
 /// Token positions an activation was pooled over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -361,12 +376,6 @@ impl Evidence {
 impl ModelIdentity {
     /// Compares the caller's model with this one: a hard difference is an error, a soft one is `Variant`.
     pub fn check(&self, found: &ModelIdentity) -> Result<IdentityMatch> {
-        fn hard<T: PartialEq + ToString>(field: &'static str, expected: &T, found: &T) -> Result<()> {
-            if expected == found {
-                return Ok(());
-            }
-            Err(Error::ModelMismatch { field, expected: expected.to_string(), found: found.to_string() })
-        }
         hard("architecture", &self.architecture, &found.architecture)?;
         hard("hidden size", &self.hidden_size, &found.hidden_size)?;
         hard("number of layers", &self.n_layers, &found.n_layers)?;
@@ -375,4 +384,12 @@ impl ModelIdentity {
         let same = self.weights_digest == found.weights_digest && self.quantization == found.quantization;
         Ok(if same { IdentityMatch::Exact } else { IdentityMatch::Variant })
     }
+}
+
+/// A hard member of the identity: equal or refused.
+fn hard<T: PartialEq + ToString>(field: &'static str, expected: &T, found: &T) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::ModelMismatch { field, expected: expected.to_string(), found: found.to_string() })
 }

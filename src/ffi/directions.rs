@@ -1,17 +1,15 @@
 //! Direction files: open and describe.
 
-#[cfg(not(unix))]
-use super::boundary::text;
 use super::boundary::{
     OutStruct, Sized32, borrow, check_pointer, copy_list, flag, guard, hand_out, invalid,
-    read_struct_or_default, slice, take_back,
+    read_struct_or_default, slice, take_back, text,
 };
 use super::error::{emaudit_error, emaudit_status};
 use super::identity::IdentityText;
 use crate::directions::schema::{Contrast, Estimator, Manifest, Pooling, Site, Specificity};
-use crate::directions::{Directions, Mode, OpenOptions};
+use crate::directions::{Directions, Mode, OpenOptions, TrustedKey};
 use crate::error::Result;
-use std::ffi::c_char;
+use std::ffi::{CString, c_char};
 use std::mem::offset_of;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -70,6 +68,7 @@ const _: () = assert!(
 pub struct emaudit_directions {
     pub(super) shared: Arc<Directions>,
     pub(super) identity: IdentityText,
+    trusted_comment: CString,
 }
 
 /// How to open a direction file. Begin with `EMAUDIT_OPEN_OPTIONS_INIT`; NULL means the same.
@@ -88,6 +87,15 @@ pub struct emaudit_open_options {
     /// The SHA-256 the whole file must have (`EMAUDIT_DIGEST_SIZE` bytes), from a source you trust; NULL for
     /// none. The digest inside the file finds damage; only this one finds a replaced file.
     pub expected_digest: *const u8,
+    /// A minisign public key (its line "RW...", or the text of its .pub file, NUL-terminated): a file that is not
+    /// signed with it is refused before anything in it is read. NULL for none. A signature says who, not which:
+    /// an older file by the same key passes; see `emaudit_directions_trusted_comment`.
+    pub trusted_key: *const c_char,
+    /// The text of the signature, `signature_len` bytes. With 0 bytes it is read from the file's path with
+    /// ".minisig" added; bytes in memory have no path and need it here. Only together with `trusted_key`.
+    pub signature: *const u8,
+    /// Bytes of `signature`.
+    pub signature_len: usize,
 }
 
 unsafe impl Sized32 for emaudit_open_options {
@@ -101,6 +109,9 @@ unsafe impl Sized32 for emaudit_open_options {
             skip_verify: 0,
             reserved: 0,
             expected_digest: std::ptr::null(),
+            trusted_key: std::ptr::null(),
+            signature: std::ptr::null(),
+            signature_len: 0,
         }
     }
 }
@@ -115,7 +126,7 @@ pub struct emaudit_directions_info {
     pub width: u32,
     /// Layers that have a direction; `emaudit_directions_get_layers` lists them.
     pub layer_count: u32,
-    /// 1 when the digest was checked, 0 when the caller said not to.
+    /// 1 when the digest or a signature was checked, 0 when the caller wanted neither.
     pub verified: u32,
     /// Does the direction do more than controls of the same size? One of `EMAUDIT_SPECIFICITY_*`.
     pub causal: u32,
@@ -129,8 +140,10 @@ pub struct emaudit_directions_info {
     pub estimator: u32,
     /// Which groups it separates, one of `EMAUDIT_CONTRAST_*`.
     pub contrast: u32,
-    /// SHA-256 of the whole file; all zero when it was neither checked nor expected.
+    /// SHA-256 of the whole file; all zero when `verified` is 0.
     pub digest: [u8; EMAUDIT_DIGEST_SIZE],
+    /// 1 when the file is signed with the trusted key of the open options, 0 when none was given.
+    pub trusted: u32,
 }
 
 unsafe impl Sized32 for emaudit_directions_info {
@@ -150,6 +163,7 @@ unsafe impl Sized32 for emaudit_directions_info {
             estimator: 0,
             contrast: 0,
             digest: [0; EMAUDIT_DIGEST_SIZE],
+            trusted: 0,
         }
     }
 }
@@ -205,7 +219,13 @@ unsafe fn open_options(options: *const emaudit_open_options) -> Result<OpenOptio
         // SAFETY: a non-null digest has 32 bytes by contract; bytes need no alignment.
         false => Some(unsafe { options.expected_digest.cast::<[u8; EMAUDIT_DIGEST_SIZE]>().read() }),
     };
-    Ok(OpenOptions { mode, verify, expected_digest })
+    let trusted_key = match options.trusted_key.is_null() {
+        true => None,
+        false => Some(TrustedKey::parse(unsafe { text(options.trusted_key, "trusted_key")? })?),
+    };
+    let signature = unsafe { slice(options.signature, options.signature_len, "signature")? };
+    let signature = (!signature.is_empty()).then(|| signature.to_vec());
+    Ok(OpenOptions { mode, verify, expected_digest, trusted_key, signature })
 }
 
 /// # Safety
@@ -225,23 +245,25 @@ unsafe fn path_from(path: *const c_char) -> Result<PathBuf> {
 
 fn wrap(directions: Directions) -> Result<emaudit_directions> {
     let identity = IdentityText::new(directions.manifest())?;
-    Ok(emaudit_directions { shared: Arc::new(directions), identity })
+    let comment = directions.signed().map(|signed| signed.trusted_comment.replace('\0', "\\0"));
+    let trusted_comment = CString::new(comment.unwrap_or_default()).unwrap_or_default();
+    Ok(emaudit_directions { shared: Arc::new(directions), identity, trusted_comment })
 }
 
-/// Opens a direction file and checks all of it: container, digest, metadata. A flipped bit anywhere is an
-/// error.
+/// Opens a direction file and checks all of it: signature if asked for, container, digest, metadata. A flipped
+/// bit anywhere is an error. What is checked is what is used: with `EMAUDIT_MODE_COPIED` the file is read once.
 ///
 /// `path` is NUL-terminated, in the encoding of the file system (on Windows UTF-8). `*directions` receives a
 /// handle that the caller frees with `emaudit_directions_free`; probes made from it keep what they need, so
 /// the order of freeing is free.
 ///
-/// Errors: INVALID_ARGUMENT, IO, NOT_A_DIRECTION_FILE, TRUNCATED, MALFORMED, UNSUPPORTED_VERSION,
-/// DIGEST_MISMATCH, SCHEMA. Threads: any. Blocks on the file and allocates.
+/// Errors: INVALID_ARGUMENT, IO, NOT_A_DIRECTION_FILE, UNSIGNED, BAD_SIGNATURE, UNTRUSTED_KEY, TRUNCATED,
+/// MALFORMED, UNSUPPORTED_VERSION, DIGEST_MISMATCH, SCHEMA. Threads: any. Blocks on the file and allocates.
 ///
 /// # Safety
-/// `path` is NUL-terminated; `options` is NULL or valid for the bytes its `struct_size` states, and a
-/// non-NULL `expected_digest` for 32 bytes; `directions` is valid for writing; `error` NULL or valid for
-/// writing.
+/// `path` is NUL-terminated; `options` is NULL or valid for the bytes its `struct_size` states, a non-NULL
+/// `expected_digest` for 32 bytes, `signature` for `signature_len`, and a non-NULL `trusted_key` is
+/// NUL-terminated; `directions` is valid for writing; `error` NULL or valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emaudit_directions_open(
     path: *const c_char,
@@ -286,7 +308,7 @@ pub unsafe extern "C" fn emaudit_directions_from_bytes(
     unsafe { guard(error, body) }
 }
 
-/// Frees a handle. NULL is fine. Strings from `emaudit_directions_get_identity` end here; probes do not.
+/// Frees a handle. NULL is fine. Strings read from it end here; probes do not.
 ///
 /// # Safety
 /// `directions` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
@@ -310,7 +332,24 @@ fn describe(directions: &Directions) -> emaudit_directions_info {
         estimator: estimator_number(*estimator),
         contrast: contrast_number(*contrast),
         digest: directions.digest(),
+        trusted: u32::from(directions.signed().is_some()),
     }
+}
+
+/// The trusted comment of the signature that was checked (UTF-8, NUL-terminated), where minisign puts the time and
+/// the file name and a maker can put a version; "" when the directions were opened without a trusted key, and for
+/// NULL. It belongs to `directions` and lives as long as that handle.
+///
+/// Threads: any. Never fails.
+///
+/// # Safety
+/// `directions` is NULL or a live handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn emaudit_directions_trusted_comment(
+    directions: *const emaudit_directions,
+) -> *const c_char {
+    // SAFETY: by the contract above.
+    unsafe { directions.as_ref() }.map_or(c"".as_ptr(), |directions| directions.trusted_comment.as_ptr())
 }
 
 /// Describes the file.

@@ -45,9 +45,18 @@ pub const EMAUDIT_STATUS_KERNEL_UNAVAILABLE: i32 = 15;
 /// A caught panic: a defect of the library, never the caller's fault. Nothing may be concluded from any
 /// output of the call; a handle it could have changed should be freed.
 pub const EMAUDIT_STATUS_PANIC: i32 = 16;
+/// A trusted key was given and the file has no signature.
+pub const EMAUDIT_STATUS_UNSIGNED: i32 = 17;
+/// The signature does not fit the file, or is none.
+pub const EMAUDIT_STATUS_BAD_SIGNATURE: i32 = 18;
+/// The file is signed, but not with the trusted key.
+pub const EMAUDIT_STATUS_UNTRUSTED_KEY: i32 = 19;
+/// Rows read back after steering are not where the edit should have put them, or the edit is too small for
+/// their dtype to show. The report and the deviations were written.
+pub const EMAUDIT_STATUS_NOT_LANDED: i32 = 20;
 
 /// Rust status, its number in C, and its name.
-const STATUSES: [(Status, i32, &CStr); 17] = [
+const STATUSES: [(Status, i32, &CStr); 21] = [
     (Status::Ok, EMAUDIT_STATUS_OK, c"OK"),
     (Status::InvalidArgument, EMAUDIT_STATUS_INVALID_ARGUMENT, c"INVALID_ARGUMENT"),
     (Status::Io, EMAUDIT_STATUS_IO, c"IO"),
@@ -65,6 +74,10 @@ const STATUSES: [(Status, i32, &CStr); 17] = [
     (Status::RateUnsupported, EMAUDIT_STATUS_RATE_UNSUPPORTED, c"RATE_UNSUPPORTED"),
     (Status::KernelUnavailable, EMAUDIT_STATUS_KERNEL_UNAVAILABLE, c"KERNEL_UNAVAILABLE"),
     (Status::Panic, EMAUDIT_STATUS_PANIC, c"PANIC"),
+    (Status::Unsigned, EMAUDIT_STATUS_UNSIGNED, c"UNSIGNED"),
+    (Status::BadSignature, EMAUDIT_STATUS_BAD_SIGNATURE, c"BAD_SIGNATURE"),
+    (Status::UntrustedKey, EMAUDIT_STATUS_UNTRUSTED_KEY, c"UNTRUSTED_KEY"),
+    (Status::NotLanded, EMAUDIT_STATUS_NOT_LANDED, c"NOT_LANDED"),
 ];
 
 // The numbers above and those of `Status` are one set, in order and without a gap.

@@ -159,18 +159,6 @@ fn site_from(number: u32) -> Result<Site> {
     }
 }
 
-fn check_site(expected: Site, found: Site) -> Result<()> {
-    let name = |site| match site {
-        Site::ResidPost => "resid_post",
-        Site::FinalNorm => "final_norm",
-    };
-    if expected == found {
-        return Ok(());
-    }
-    let (expected, found) = (name(expected).to_owned(), name(found).to_owned());
-    Err(Error::ModelMismatch { field: "site", expected, found })
-}
-
 /// Compares the caller's model with the one the directions were made for. Do this before the first probe:
 /// a direction means nothing in another model.
 ///
@@ -202,7 +190,7 @@ pub unsafe extern "C" fn emaudit_directions_check_model(
             IdentityMatch::Exact => EMAUDIT_IDENTITY_EXACT,
             IdentityMatch::Variant => EMAUDIT_IDENTITY_VARIANT,
         };
-        check_site(manifest.site, site)?;
+        manifest.site.check(site)?;
         unsafe { identity_match.write(outcome) };
         Ok(())
     };

@@ -7,6 +7,7 @@
 
 mod boundary;
 pub mod directions;
+pub mod drift;
 pub mod error;
 pub mod identity;
 pub mod kernel;

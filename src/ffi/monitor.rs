@@ -4,6 +4,7 @@ use super::boundary::{
     OutStruct, Sized32, borrow, borrow_mut, check_pointer, guard, hand_out, read_struct, slice, take_back,
 };
 use super::directions::EMAUDIT_DIGEST_SIZE;
+use super::drift::emaudit_drift;
 use super::error::{emaudit_error, emaudit_status};
 use super::layers::aggregation_from;
 use super::probe::emaudit_probe;
@@ -21,12 +22,16 @@ pub const EMAUDIT_STATE_PENDING: u32 = 1;
 pub const EMAUDIT_STATE_CLEAN: u32 = 2;
 /// Above the threshold.
 pub const EMAUDIT_STATE_FLAGGED: u32 = 3;
+/// A drift that the monitor watches stands: calm sequences no longer score as in calibration, so the threshold
+/// does not keep its rate. Neither clean nor flagged, whatever the score; never treat it as clean.
+pub const EMAUDIT_STATE_STALE: u32 = 4;
 
 const _: () = assert!(
     EMAUDIT_STATE_INVALID == State::Invalid as u32
         && EMAUDIT_STATE_PENDING == State::Pending as u32
         && EMAUDIT_STATE_CLEAN == State::Clean as u32
         && EMAUDIT_STATE_FLAGGED == State::Flagged as u32
+        && EMAUDIT_STATE_STALE == State::Stale as u32
 );
 
 /// The state of one sequence. It belongs to one thread at a time. It keeps what it needs of its probe.
@@ -56,6 +61,12 @@ unsafe impl Sized32 for emaudit_monitor_options {
 }
 
 /// What is known about a sequence. Begin with `EMAUDIT_VERDICT_INIT`, which reads as invalid.
+///
+/// It means: over the first `horizon` tokens this statistic did (FLAGGED) or did not (CLEAN) exceed a threshold
+/// that about a share `rate` of calm sequences exceeds, sequences like those of the calibration. CLEAN does not
+/// mean aligned: it sees one direction at one layer, and a model may misbehave in others. FLAGGED does not mean
+/// misaligned unless `misalignment` is 1, and one calm sequence in 1 / `rate` is flagged. PENDING, STALE and
+/// INVALID say nothing about the sequence; let none of them pass as clean.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct emaudit_verdict {
@@ -68,8 +79,8 @@ pub struct emaudit_verdict {
     pub misalignment: u32,
     /// Aggregation over the tokens, one of `EMAUDIT_AGGREGATION_*`.
     pub aggregation: u32,
-    /// The statistic in aligned standard deviations: over the first `horizon` tokens, or while pending over
-    /// those seen. NaN while invalid.
+    /// The statistic in aligned standard deviations: over the first `horizon` tokens, or while fewer were seen
+    /// over those. NaN while invalid.
     pub score: f32,
     /// Flagged above this, same unit.
     pub threshold: f32,
@@ -79,7 +90,7 @@ pub struct emaudit_verdict {
     pub rate_upper: f64,
     /// Tokens seen so far; the last prompt token is token 1.
     pub tokens: u32,
-    /// Tokens the threshold is for: the largest horizon reached, or while pending the first one.
+    /// Tokens the threshold is for: the largest horizon reached, or before that the first one.
     pub horizon: u32,
     /// 0-based block index.
     pub layer: u32,
@@ -162,6 +173,30 @@ pub unsafe extern "C" fn emaudit_monitor_new(
 pub unsafe extern "C" fn emaudit_monitor_free(monitor: *mut emaudit_monitor) {
     // SAFETY: handles are made by `hand_out`.
     unsafe { take_back(monitor) };
+}
+
+/// Lets the verdicts of a monitor follow a drift of the same layer of the same direction file: STALE while it
+/// stands, INVALID while it is invalid, as without it otherwise. Resetting the monitor does not end this, a
+/// second call replaces the drift. The drift may be freed before the monitor, which then keeps its last state.
+///
+/// Errors: INVALID_ARGUMENT, also for a drift of another layer or file. Threads: one at a time per monitor;
+/// afterwards monitor and drift may be used by different threads.
+///
+/// # Safety
+/// `monitor` is a live handle that no other thread uses; `drift` is a live handle that no other thread uses
+/// during the call; `error` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn emaudit_monitor_watch(
+    monitor: *mut emaudit_monitor,
+    drift: *const emaudit_drift,
+    error: *mut *mut emaudit_error,
+) -> emaudit_status {
+    let body = || {
+        let monitor = unsafe { borrow_mut(monitor, "monitor")? };
+        monitor.monitor.watch(&unsafe { borrow(drift, "drift")? }.drift)
+    };
+    // SAFETY: by the contract above.
+    unsafe { guard(error, body) }
 }
 
 /// Adds the scores of the next `count` tokens, in `EMAUDIT_UNIT_ALIGNED_SD`. Token 1 of a sequence is the

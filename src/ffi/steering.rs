@@ -9,7 +9,7 @@ use super::probe::{emaudit_probe, row_status};
 use super::tensor::{self, Checked, emaudit_tensor};
 use crate::error::Result;
 use crate::probe::ScoreUnit;
-use crate::steering::{Operation, SteerReport, Steering, SteeringOptions};
+use crate::steering::{LandingReport, Operation, SteerReport, Steering, SteeringOptions};
 use std::mem::offset_of;
 
 /// h -= strength * alpha * v, with v the direction as stored.
@@ -285,6 +285,118 @@ pub unsafe extern "C" fn emaudit_steering_score_and_apply(
     let body = || {
         let unit = ScoreUnit::try_from(unit)?;
         unsafe { steer(borrow(steering, "steering")?, Some((unit, scores)), &call) }
+    };
+    // SAFETY: by the contract above.
+    unsafe { guard(error, body) }
+}
+
+/// What `emaudit_steering_check_landed` found. Every row is counted once below `rows`. Begin with
+/// `EMAUDIT_LANDING_REPORT_INIT`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct emaudit_landing_report {
+    /// `sizeof(emaudit_landing_report)`.
+    pub struct_size: u32,
+    /// Largest |projection measured - expected|, in units of its bound; above 1 when a row missed.
+    pub largest_deviation: f32,
+    /// Rows given.
+    pub rows: u64,
+    /// Edited rows whose projection is where it should be, by a bound smaller than the edit.
+    pub landed: u64,
+    /// Edited rows whose projection changes by no more than rounding may: nothing can be told from them.
+    pub lost: u64,
+    /// Rows that were to stay and stayed.
+    pub untouched: u64,
+    /// Rows whose projection is not where it should be.
+    pub missed: u64,
+    /// Rows that steering leaves alone because they, or their edit, are not finite.
+    pub nonfinite: u64,
+}
+
+unsafe impl Sized32 for emaudit_landing_report {
+    const NAME: &'static str = "emaudit_landing_report";
+    const FIRST_SIZE: usize = offset_of!(Self, nonfinite) + size_of::<u64>();
+
+    fn defaults() -> Self {
+        LandingReport::default().into()
+    }
+}
+
+impl From<LandingReport> for emaudit_landing_report {
+    fn from(report: LandingReport) -> Self {
+        emaudit_landing_report {
+            struct_size: size_of::<Self>() as u32,
+            largest_deviation: report.largest_deviation,
+            rows: report.rows as u64,
+            landed: report.landed as u64,
+            lost: report.lost as u64,
+            untouched: report.untouched as u64,
+            missed: report.missed as u64,
+            nonfinite: report.nonfinite as u64,
+        }
+    }
+}
+
+/// The self-test of a serving stack: proves, on rows read back from it, that the edit landed.
+///
+/// `before` holds rows as they were, `after` the same rows as the stack has them after steering with
+/// `strengths` (NULL means 1); each in any dtype, one of them in the dtype in which the stack keeps the rows.
+/// `deviations`, unless NULL, receives `before->rows` float32: how far each row's projection lies from where
+/// it should be, in units of its bound, above 1 for a row that missed, NaN for one that cannot be scored.
+///
+/// The projection on the unit direction that gate, ceiling, strength and dose limit should leave is compared
+/// with the one measured. They may differ by the numeric contract of the kernels and by the rounding of the
+/// dtypes, no more; rows that were to stay must have stayed. It notices an edit that was dropped, made twice
+/// (where that is not the same), made to another row or with another direction, or lost to rounding. Changes
+/// at right angles to the direction are not looked at. A report of OK with `landed` 0 means that no row was
+/// to be edited: it proves nothing about edits.
+///
+/// Errors: INVALID_ARGUMENT, WIDTH_MISMATCH; NOT_LANDED when a row missed, or when rows were to be edited and
+/// not one can be shown to be; NON_FINITE when only that was wrong. With the last two, report and deviations
+/// are written. Threads: any. On success it neither allocates nor locks nor blocks.
+///
+/// # Safety
+/// `steering` is a live handle; `before` and `after` are valid for the bytes their `struct_size` states and
+/// describe readable memory; non-NULL arrays are valid for `before->rows` elements and `report` for the bytes
+/// its `struct_size` states; `error` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn emaudit_steering_check_landed(
+    steering: *const emaudit_steering,
+    before: *const emaudit_tensor,
+    after: *const emaudit_tensor,
+    strengths: *const f32,
+    deviations: *mut f32,
+    report: *mut emaudit_landing_report,
+    error: *mut *mut emaudit_error,
+) -> emaudit_status {
+    let body = || {
+        let steering = &unsafe { borrow(steering, "steering")? }.steering;
+        let width = steering.probe().width();
+        let before = unsafe { tensor::check(before, width)? };
+        let after = unsafe { tensor::check(after, width)? };
+        let report_out = unsafe { OutStruct::new_optional(report)? };
+        let written = [
+            Region::new("deviations", deviations.cast_const(), before.rows),
+            Region::new("report", report.cast_const(), 1),
+        ];
+        let read = [before.region, after.region, Region::new("strengths", strengths, before.rows)];
+        check_disjoint(&written, &read)?;
+        // SAFETY: checked above and disjoint; valid by the contract.
+        let found = unsafe {
+            let strengths = match strengths.is_null() {
+                true => None,
+                false => Some(slice(strengths, before.rows, "strengths")?),
+            };
+            let deviations = match deviations.is_null() {
+                true => None,
+                false => Some(slice_mut(deviations, before.rows, "deviations")?),
+            };
+            steering.compare_landed(&before.rows()?, &after.rows()?, strengths, deviations)?
+        };
+        if let Some(report) = report_out {
+            report.write(found.into());
+        }
+        found.into_result().map(drop)
     };
     // SAFETY: by the contract above.
     unsafe { guard(error, body) }

@@ -358,7 +358,7 @@ fn calibration() -> Vec<Attack> {
         at(
             "a rate too rare for the sample",
             "thresholds/2/sequences",
-            json!(98),
+            json!(298),
             "calibrate on more sequences",
         ),
         at("a rate a millionth too rare", "thresholds/2/rate", json!(0.999_999 / 401.0), "at least 1 / (seq"),

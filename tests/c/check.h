@@ -55,6 +55,7 @@ double exact_raw(const emaudit_directions *directions, uint32_t layer, const flo
 
 void test_versions(void);
 void test_open(void);
+void test_trust(void);
 void test_info(void);
 void test_identity(void);
 void test_structs(void);
@@ -63,5 +64,7 @@ void test_score_refusals(void);
 void test_steer(void);
 void test_steer_refusals(void);
 void test_monitor(void);
+void test_drift(void);
+void test_landing(void);
 
 #endif

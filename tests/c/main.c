@@ -70,6 +70,7 @@ int main(int argc, char **argv) {
   fixtures = argv[1];
   test_versions();
   test_open();
+  test_trust();
   test_info();
   test_identity();
   test_structs();
@@ -78,6 +79,8 @@ int main(int argc, char **argv) {
   test_steer();
   test_steer_refusals();
   test_monitor();
+  test_drift();
+  test_landing();
   printf("ok: %u checks\n", checks_done);
   return 0;
 }

@@ -1,7 +1,7 @@
 //! Scoring, steering and monitoring through the C ABI allocate nothing when they succeed.
 
 use super::fixture::{self, LAYER, WIDTH};
-use emaudit::ffi::{directions::*, layers::*, monitor::*, probe::*, steering::*, tensor::*};
+use emaudit::ffi::{directions::*, drift::*, layers::*, monitor::*, probe::*, steering::*, tensor::*};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ptr::{null, null_mut};
@@ -72,6 +72,7 @@ fn the_hot_path_allocates_nothing() {
         allow_nonspecific: 0,
         reserved: 0,
     };
+    let drift_options = emaudit_drift_options { struct_size: 16, window: ROWS as u32, rate: 0.01 };
     let monitor_options =
         emaudit_monitor_options { struct_size: 16, aggregation: EMAUDIT_AGGREGATION_MEAN, rate: 0.01 };
     // SAFETY: live handles and valid pointers throughout; everything is freed once.
@@ -80,7 +81,14 @@ fn the_hot_path_allocates_nothing() {
             make(|out| emaudit_directions_from_bytes(bytes.as_ptr(), bytes.len(), null(), out, null_mut()));
         let probe = make(|out| emaudit_probe_new(directions, LAYER, null(), out, null_mut()));
         let steering = make(|out| emaudit_steering_new(probe, &steering_options, out, null_mut()));
+        // A gate that no row passes: rows that were to stay are where they were.
+        let inert_options = emaudit_steering_options { has_gate: 1, gate: 1e9, ..steering_options };
+        let inert = make(|out| emaudit_steering_new(probe, &inert_options, out, null_mut()));
         let monitor = make(|out| emaudit_monitor_new(probe, &monitor_options, out, null_mut()));
+        let drift = make(|out| emaudit_drift_new(probe, &drift_options, out, null_mut()));
+        assert_eq!(emaudit_monitor_watch(monitor, drift, null_mut()), 0);
+        let mut report: emaudit_drift_report = std::mem::zeroed();
+        report.struct_size = size_of::<emaudit_drift_report>() as u32;
         let mut verdict: emaudit_verdict = std::mem::zeroed();
         verdict.struct_size = size_of::<emaudit_verdict>() as u32;
         let (scores, status) = (scores.as_mut_ptr(), status.as_mut_ptr());
@@ -98,16 +106,30 @@ fn the_hot_path_allocates_nothing() {
                 null_mut(),
                 null_mut(),
             ),
+            emaudit_steering_check_landed(
+                inert,
+                &tensor,
+                &tensor,
+                null(),
+                null_mut(),
+                null_mut(),
+                null_mut(),
+            ),
+            emaudit_drift_push(drift, scores, ROWS, null_mut()),
+            emaudit_drift_get_report(drift, &mut report, null_mut()),
             emaudit_monitor_push(monitor, scores, ROWS, null_mut()),
             emaudit_monitor_get_verdict(monitor, &mut verdict, null_mut()),
             emaudit_monitor_reset(monitor, null_mut()),
         ];
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 5]);
+        assert_eq!(outcomes, [0; 8]);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
         assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);
+        assert_eq!(report.windows, 1);
+        emaudit_steering_free(inert);
+        emaudit_drift_free(drift);
         emaudit_directions_free(directions);
         emaudit_probe_free(probe);
         emaudit_steering_free(steering);

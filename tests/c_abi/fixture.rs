@@ -14,6 +14,12 @@ pub fn write_all(directory: &Path) {
     let good = file(Evidence::untested());
     let write = |name: &str, bytes: &[u8]| std::fs::write(directory.join(name), bytes).unwrap();
     write("good.safetensors", &good);
+    write("signed.safetensors", &good);
+    let [key, stranger] = [(); 2].map(|()| minisign::KeyPair::generate_unencrypted_keypair().unwrap());
+    let signature = minisign::sign(Some(&key.pk), &key.sk, &good[..], Some("version 7"), None).unwrap();
+    write("signed.safetensors.minisig", signature.into_string().as_bytes());
+    write("key.pub", key.pk.to_box().unwrap().to_string().as_bytes());
+    write("stranger.pub", stranger.pk.to_base64().as_bytes());
     write("specific.safetensors", &file(specific()));
     write("truncated.safetensors", &good[..good.len() - 7]);
     let mut flipped = good;

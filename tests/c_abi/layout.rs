@@ -2,7 +2,9 @@
 //! agree with it, so nothing published can move unnoticed.
 
 use super::toolchain::{Build, Linkage, Standard, root, run};
-use emaudit::ffi::{directions::*, identity::*, layers::*, monitor::*, probe::*, steering::*, tensor::*};
+use emaudit::ffi::{
+    directions::*, drift::*, identity::*, layers::*, monitor::*, probe::*, steering::*, tensor::*,
+};
 use std::fmt::Write;
 
 /// The table, on 64-bit targets: `struct NAME SIZE`, `field STRUCT.NAME OFFSET SIZE`, `number NAME VALUE`.
@@ -32,7 +34,19 @@ macro_rules! layout {
 fn of_rust() -> String {
     let mut text = String::new();
     layout!(text, emaudit_tensor { struct_size, dtype, data, rows, cols, row_stride });
-    layout!(text, emaudit_open_options { struct_size, mode, skip_verify, reserved, expected_digest });
+    layout!(
+        text,
+        emaudit_open_options {
+            struct_size,
+            mode,
+            skip_verify,
+            reserved,
+            expected_digest,
+            trusted_key,
+            signature,
+            signature_len,
+        }
+    );
     layout!(
         text,
         emaudit_directions_info {
@@ -47,6 +61,7 @@ fn of_rust() -> String {
             estimator,
             contrast,
             digest,
+            trusted,
         }
     );
     layout!(text, emaudit_layer_info { struct_size, layer, sequences, threshold_count, sigma });
@@ -87,6 +102,36 @@ fn of_rust() -> String {
     layout!(
         text,
         emaudit_steer_report { struct_size, largest_dose, rows, touched, gated, limited, nonfinite }
+    );
+    layout!(
+        text,
+        emaudit_landing_report {
+            struct_size,
+            largest_deviation,
+            rows,
+            landed,
+            lost,
+            untouched,
+            missed,
+            nonfinite,
+        }
+    );
+    layout!(text, emaudit_drift_options { struct_size, window, rate });
+    layout!(
+        text,
+        emaudit_drift_report {
+            struct_size,
+            state,
+            window,
+            sequences,
+            windows,
+            rate,
+            probability,
+            z,
+            share,
+            lowest,
+            highest,
+        }
     );
     layout!(text, emaudit_monitor_options { struct_size, aggregation, rate });
     layout!(
@@ -221,6 +266,10 @@ fn the_statuses_of_rust_are_those_of_the_table() {
         RateUnsupported,
         KernelUnavailable,
         Panic,
+        Unsigned,
+        BadSignature,
+        UntrustedKey,
+        NotLanded,
     ];
     let mut expected = String::new();
     for status in all {

@@ -5,8 +5,16 @@ use super::toolchain::{Build, Family, Linkage, Standard, library, root, run, sha
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const C_SOURCES: [&str; 5] =
-    ["tests/c/main.c", "tests/c/open.c", "tests/c/score.c", "tests/c/steer.c", "tests/c/monitor.c"];
+const C_SOURCES: [&str; 8] = [
+    "tests/c/main.c",
+    "tests/c/open.c",
+    "tests/c/trust.c",
+    "tests/c/score.c",
+    "tests/c/steer.c",
+    "tests/c/monitor.c",
+    "tests/c/drift.c",
+    "tests/c/landing.c",
+];
 /// Two units that both include the header: what is not inline, or differs, fails to link.
 const CPP_SOURCES: [&str; 2] = ["tests/cpp/main.cpp", "tests/cpp/second_unit.cpp"];
 

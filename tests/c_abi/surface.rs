@@ -74,7 +74,9 @@ fn every_number_has_a_name_in_cpp() {
 /// How a C++ program says it; what destructors and errors call by themselves needs no saying.
 fn in_cpp(function: &str) -> Option<&'static str> {
     Some(match function.strip_prefix("emaudit_").unwrap() {
-        "directions_free" | "probe_free" | "steering_free" | "monitor_free" | "error_free" => return None,
+        "directions_free" | "probe_free" | "steering_free" | "drift_free" | "monitor_free" | "error_free" => {
+            return None;
+        }
         "abi_version" => "emaudit::load()",
         "version" => "emaudit::version()",
         "status_name" => "emaudit::name(Status::truncated)",
@@ -86,6 +88,7 @@ fn in_cpp(function: &str) -> Option<&'static str> {
         "directions_open" => "Directions::open(",
         "directions_from_bytes" => "Directions::from_bytes(",
         "directions_get_info" | "directions_get_layers" => "->info()",
+        "directions_trusted_comment" => "->trusted_comment()",
         "directions_get_identity" => "->model()",
         "directions_check_model" => "->check_model(",
         "directions_get_layer_info" | "directions_get_threshold" => "->layer(",
@@ -97,9 +100,15 @@ fn in_cpp(function: &str) -> Option<&'static str> {
         "steering_new" => "Steering::make(",
         "steering_apply" => "->apply(",
         "steering_score_and_apply" => "->score_and_apply(",
+        "steering_check_landed" => "->check_landed(",
+        "drift_new" => "Drift::make(",
+        "drift_push" => "drift->push(",
+        "drift_get_report" => "->report()",
+        "drift_reset" => "drift->reset()",
         "monitor_new" => "Monitor::make(",
         "monitor_push" => "->push(",
         "monitor_get_verdict" => "->verdict()",
+        "monitor_watch" => "->watch(",
         "monitor_reset" => "->reset()",
         other => panic!("say here how a C++ program calls emaudit_{other}, and test it in tests/cpp"),
     })

@@ -4,7 +4,9 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 #include <limits>
+#include <sstream>
 #include <thread>
 #include <type_traits>
 #if defined(__has_include) && __has_include(<version>)
@@ -19,6 +21,7 @@ using emaudit::Status;
 static_assert(!std::is_copy_constructible_v<emaudit::Directions>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Probe>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Steering>, "handles are move-only");
+static_assert(!std::is_copy_constructible_v<emaudit::Drift>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Monitor>, "handles are move-only");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::Probe>, "moving is free");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::Error>, "moving is free");
@@ -85,6 +88,30 @@ void test_kernels() {
     CHECK(emaudit::kernel_from_name(emaudit::name(kernel)).value() == kernel);
   }
   CHECK(emaudit::kernel_from_name(std::string("abacus")).status() == Status::kernel_unavailable);
+}
+
+std::string read_text(const std::string &path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  CHECK(file && !text.str().empty());
+  return text.str();
+}
+
+void test_trust(const std::string &fixtures) {
+  const std::string path = fixtures + "/signed.safetensors";
+  emaudit::OpenOptions options;
+  options.trusted_key = read_text(fixtures + "/key.pub");
+  auto trusted = emaudit::Directions::open(path, options);
+  CHECK(trusted && trusted->info()->trusted && std::strcmp(trusted->trusted_comment(), "version 7") == 0);
+  CHECK(emaudit::Directions::open(fixtures + "/good.safetensors", options).status() == Status::unsigned_file);
+  const std::string bytes = read_text(path);
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size(), options).status() == Status::unsigned_file);
+  options.signature = read_text(path + ".minisig");
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size(), options));
+  CHECK(emaudit::Directions::from_bytes(bytes.data(), bytes.size() - 1, options).status() == Status::bad_signature);
+  options.trusted_key = read_text(fixtures + "/stranger.pub");
+  CHECK(emaudit::Directions::open(path, options).status() == Status::untrusted_key);
 }
 
 void test_identity(const std::string &fixtures) {
@@ -222,6 +249,62 @@ void test_steer(const emaudit::Probe &probe) {
   CHECK(steering->apply(rows, &report).status() == Status::non_finite && report.nonfinite == 1);
 }
 
+void test_landing(const emaudit::Probe &probe) {
+  emaudit::SteeringOptions options;
+  options.alpha = 0.5f;
+  auto steering = emaudit::Steering::make(probe, options);
+  const std::vector<float> before = make_rows(3);
+  std::vector<float> data = before, deviations(3);
+  const auto was = emaudit::Rows::f32(before, 3, width);
+  auto rows = emaudit::MutableRows::f32(data, 3, width);
+  const std::vector<float> strengths = {1.0f, 0.0f, -2.0f};
+  emaudit::LandingReport report;
+  CHECK(steering->check_landed(was, rows.as_rows(), &report, strengths).status() == Status::not_landed);
+  CHECK(report.missed == 2 && report.untouched == 1 && report.largest_deviation > 1.0f);
+  CHECK(steering->apply(rows, nullptr, strengths));
+  CHECK(steering->check_landed(was, rows.as_rows(), &report, strengths, deviations));
+  CHECK(report.rows == 3 && report.landed == 2 && report.untouched == 1 && report.missed == 0 && report.lost == 0);
+  CHECK(deviations[0] <= 1.0f && deviations[1] == 0.0f && deviations[2] <= report.largest_deviation);
+  CHECK(steering->apply(rows, nullptr, strengths));
+  CHECK(steering->check_landed(was, rows.as_rows(), nullptr, strengths).status() == Status::not_landed);
+  CHECK(steering->check_landed(was, rows.as_rows(), nullptr, {strengths.data(), 2}).status() ==
+        Status::invalid_argument);
+}
+
+// One thread feeds the drift, others read verdicts: clean until it stands, stale from then on.
+void test_drift(const emaudit::Probe &probe) {
+  CHECK(emaudit::Drift::make(probe, 1, 0.01).status() == Status::rate_unsupported);
+  auto drift = emaudit::Drift::make(probe, 50, 0.01);
+  CHECK(drift && drift->report().state == emaudit::DriftState::pending && std::isnan(drift->report().share));
+  std::vector<emaudit::Monitor> monitors;
+  for (int i = 0; i < 3; ++i) {
+    auto monitor = emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 0.01);
+    CHECK(monitor->watch(*drift) && monitor->push(0.25f));
+    monitors.push_back(std::move(*monitor));
+  }
+  std::vector<std::thread> threads;
+  for (emaudit::Monitor &monitor : monitors) {
+    threads.emplace_back([&monitor] {
+      while (monitor.verdict().state == emaudit::State::clean) {
+        std::this_thread::yield();
+      }
+      CHECK(monitor.verdict().state == emaudit::State::stale && !monitor.verdict().misalignment);
+    });
+  }
+  const std::vector<float> shifted(50, 5.0f), median(50, 0.0f);
+  CHECK(drift->push(shifted));
+  for (std::thread &thread : threads) {
+    thread.join();
+  }
+  const emaudit::DriftReport report = drift->report();
+  CHECK(report.state == emaudit::DriftState::drifted && report.windows == 1 && report.share < report.lowest);
+  CHECK(drift->push(median) && drift->report().state == emaudit::DriftState::steady);
+  CHECK(monitors[0].verdict().state == emaudit::State::clean);
+  CHECK(drift->push(std::numeric_limits<float>::quiet_NaN()).status() == Status::non_finite);
+  CHECK(monitors[1].verdict().state == emaudit::State::invalid);
+  CHECK(drift->reset() && drift->report().state == emaudit::DriftState::pending);
+}
+
 void test_monitor(const emaudit::Probe &probe) {
   CHECK(emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 1e-9).status() == Status::rate_unsupported);
   auto monitor = emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 0.01);
@@ -251,6 +334,7 @@ int main(int argc, char **argv) {
   CHECK(emaudit::load() && emaudit::version()[0] != '\0');
   test_open(fixtures);
   test_layers(fixtures);
+  test_trust(fixtures);
   test_identity(fixtures);
   test_kernels();
   auto untested = probe_of_file(fixtures + "/good.safetensors");
@@ -266,6 +350,8 @@ int main(int argc, char **argv) {
   test_spans(*probe);
   test_threads(*probe);
   test_steer(*probe);
+  test_landing(*probe);
+  test_drift(*probe);
   test_monitor(*probe);
   CHECK(probe_of_file(fixtures + "/text.safetensors").status() == Status::not_a_direction_file);
   std::printf("ok: C++\n");

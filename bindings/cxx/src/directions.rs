@@ -15,7 +15,18 @@ fn options(options: &OpenOptions<'_>) -> Result<directions::OpenOptions, Failure
         false => Some(digest.try_into().map_err(|_| invalid("an expected digest has 32 bytes"))?),
     };
     let mode = if options.mapped { Mode::Mapped } else { Mode::Copied };
-    Ok(directions::OpenOptions { mode, verify: !options.skip_verify, expected_digest })
+    let trusted_key = match options.trusted_key.is_empty() {
+        true => None,
+        false => Some(directions::TrustedKey::parse(options.trusted_key)?),
+    };
+    let signature = (!options.signature.is_empty()).then(|| options.signature.to_vec());
+    Ok(directions::OpenOptions {
+        mode,
+        verify: !options.skip_verify,
+        expected_digest,
+        trusted_key,
+        signature,
+    })
 }
 
 fn boxed(directions: directions::Directions) -> Box<Directions> {
@@ -97,11 +108,11 @@ impl Directions {
             name: String::new(),
         };
         let outcome = self.0.manifest().model.check(&found)?;
-        if model.site != self.site() {
-            let name = |site| format!("{site:?}");
-            let (expected, found) = (name(self.site()), name(model.site));
-            return Err(Failure(emaudit::Error::ModelMismatch { field: "site", expected, found }));
-        }
+        self.0.manifest().site.check(match model.site {
+            Site::ResidPost => schema::Site::ResidPost,
+            Site::FinalNorm => schema::Site::FinalNorm,
+            _ => return Err(invalid("the model's site is no member of Site")),
+        })?;
         Ok(match outcome {
             schema::IdentityMatch::Exact => Identity::Exact,
             schema::IdentityMatch::Variant => Identity::Variant,

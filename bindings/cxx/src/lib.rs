@@ -14,17 +14,19 @@
 //!   (`RowStatus` as a number) or is empty when it is not wanted; with one the call allocates.
 //! - `NonFinite` is thrown after all rows were done: scores and statuses were written, bad rows are NaN,
 //!   flagged and untouched. Every other exception leaves all arguments as they were.
-//! - Const member functions may be called from several threads at once; a `Monitor` belongs to one thread.
+//! - Const member functions may be called from several threads at once; a `Monitor` or a `Drift` belongs to one thread.
 //! - A panic of the library is a defect and ends the process; use the C interface where that may not be.
 //!
 //! C++ projects that do not build with Cargo use `emaudit.hpp` over the C interface instead.
 
 mod directions;
+mod drift;
 mod monitor;
 mod probe;
 mod steering;
 
 use directions::{Directions, directions_from_bytes, open_directions};
+use drift::{Drift, make_drift};
 use monitor::{Monitor, make_monitor};
 use probe::{Probe, kernel_available, make_probe};
 use steering::{Steering, make_steering};
@@ -77,13 +79,23 @@ mod bridge {
         Last = 3,
     }
 
-    /// What is known about a sequence. Only `Clean` is clean.
+    /// What is known about a sequence. Only `Clean` is clean; `Stale` means that the thresholds no longer hold.
     #[repr(u32)]
     enum State {
         Invalid = 0,
         Pending = 1,
         Clean = 2,
         Flagged = 3,
+        Stale = 4,
+    }
+
+    /// What is known about the aligned distribution. Only `Steady` is steady.
+    #[repr(u32)]
+    enum DriftState {
+        Invalid = 0,
+        Pending = 1,
+        Steady = 2,
+        Drifted = 3,
     }
 
     /// How rows are edited.
@@ -117,6 +129,11 @@ mod bridge {
         skip_verify: bool,
         /// SHA-256 the file must have, 32 bytes; empty for none.
         expected_digest: &'a [u8],
+        /// Minisign public key that must have signed the file (its line, or the text of its .pub file); empty for
+        /// none.
+        trusted_key: &'a str,
+        /// Text of the signature; empty reads it from the file's path with `.minisig` added.
+        signature: &'a [u8],
     }
 
     /// The caller's model. An empty `weights_digest` or `quantization` means unknown.
@@ -152,6 +169,31 @@ mod bridge {
         gated: usize,
         limited: usize,
         largest_dose: f32,
+    }
+
+    /// What a self-test of steering found; see `emaudit_landing_report`.
+    struct LandingReport {
+        rows: usize,
+        landed: usize,
+        lost: usize,
+        untouched: usize,
+        missed: usize,
+        nonfinite: usize,
+        largest_deviation: f32,
+    }
+
+    /// What a drift found; see `emaudit_drift_report`.
+    struct DriftReport {
+        state: DriftState,
+        window: u32,
+        sequences: u32,
+        windows: u64,
+        rate: f64,
+        probability: f64,
+        z: f64,
+        share: f64,
+        lowest: f64,
+        highest: f64,
     }
 
     /// What is known about a sequence.
@@ -248,12 +290,51 @@ mod bridge {
             status: &mut [u8],
         ) -> Result<SteerReport>;
 
+        /// Proves on float32 rows read back from the serving stack that the edit landed; throws `NotLanded` when
+        /// it did not. `strengths` and `deviations` have one element per row or are empty; deviations are written
+        /// with `NotLanded` too.
+        fn check_landed(
+            self: &Steering,
+            before: &[f32],
+            after: &[f32],
+            strengths: &[f32],
+            deviations: &mut [f32],
+        ) -> Result<LandingReport>;
+        /// The same for rows of IEEE binary16, given as their bits.
+        fn check_landed_f16(
+            self: &Steering,
+            before: &[u16],
+            after: &[u16],
+            strengths: &[f32],
+            deviations: &mut [f32],
+        ) -> Result<LandingReport>;
+        /// The same for rows of bfloat16, given as their bits.
+        fn check_landed_bf16(
+            self: &Steering,
+            before: &[u16],
+            after: &[u16],
+            strengths: &[f32],
+            deviations: &mut [f32],
+        ) -> Result<LandingReport>;
+
+        type Drift;
+        /// Watches the aligned distribution in windows of `window` calm sequences, at a false-alarm rate per window.
+        fn make_drift(probe: &Probe, window: u32, rate: f64) -> Result<Box<Drift>>;
+        /// Takes one score per calm sequence, that of its last prompt token, in aligned standard deviations. A score
+        /// that is not finite makes the drift invalid until it is reset.
+        fn push(self: &mut Drift, scores: &[f32]);
+        fn report(self: &Drift) -> DriftReport;
+        /// Forgets all windows.
+        fn reset(self: &mut Drift);
+
         type Monitor;
         /// Follows one sequence at a false-positive rate that the file supports.
         fn make_monitor(probe: &Probe, aggregation: Aggregation, rate: f64) -> Result<Box<Monitor>>;
         /// Takes the scores of the next tokens, in aligned standard deviations; token 1 is the last prompt
         /// token. A score that is not finite makes the monitor invalid until it is reset.
         fn push(self: &mut Monitor, scores: &[f32]);
+        /// Lets the verdicts follow a drift of the same layer and file; throws `InvalidArgument` for another.
+        fn watch(self: &mut Monitor, drift: &Drift) -> Result<()>;
         fn verdict(self: &Monitor) -> Verdict;
         /// Forgets the sequence.
         fn reset(self: &mut Monitor);

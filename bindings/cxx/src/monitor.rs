@@ -1,6 +1,7 @@
 //! Monitors and verdicts.
 
 use crate::bridge::{Aggregation, Kernel, State, Verdict};
+use crate::drift::Drift;
 use crate::probe::Probe;
 use crate::{Failure, invalid};
 use emaudit::directions::schema;
@@ -21,6 +22,10 @@ pub fn make_monitor(probe: &Probe, aggregation: Aggregation, rate: f64) -> Resul
 impl Monitor {
     pub fn push(&mut self, scores: &[f32]) {
         self.0.push_scores(scores);
+    }
+
+    pub fn watch(&mut self, drift: &Drift) -> Result<(), Failure> {
+        Ok(self.0.watch(&drift.0)?)
     }
 
     pub fn verdict(&self) -> Verdict {

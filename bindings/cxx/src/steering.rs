@@ -1,9 +1,9 @@
 //! Steering.
 
-use crate::bridge::{Operation, SteerReport, SteeringOptions};
+use crate::bridge::{LandingReport, Operation, SteerReport, SteeringOptions};
 use crate::probe::{Probe, Statuses};
 use crate::{Failure, invalid};
-use emaudit::activations::{Element, RowsMut};
+use emaudit::activations::{Element, Rows, RowsMut};
 use half::slice::HalfBitsSliceExt;
 use half::{bf16, f16};
 
@@ -80,5 +80,65 @@ impl Steering {
         status: &mut [u8],
     ) -> Result<SteerReport, Failure> {
         self.apply_as(rows.reinterpret_cast_mut::<bf16>(), strengths, status)
+    }
+
+    fn check_landed_as<T: Element>(
+        &self,
+        before: &[T],
+        after: &[T],
+        strengths: &[f32],
+        deviations: &mut [f32],
+    ) -> Result<LandingReport, Failure> {
+        let width = self.0.probe().width();
+        if !before.len().is_multiple_of(width) || before.len() != after.len() {
+            let lengths = format!("{} and {} elements", before.len(), after.len());
+            return Err(invalid(format!("{lengths} are not the same number of whole rows of {width}")));
+        }
+        let rows = before.len() / width;
+        let (before, after) = (Rows::new(before, rows, width, width)?, Rows::new(after, rows, width, width)?);
+        let strengths = (!strengths.is_empty()).then_some(strengths);
+        let deviations = (!deviations.is_empty()).then_some(deviations);
+        let report = self.0.check_landed(&before, &after, strengths, deviations)?;
+        Ok(LandingReport {
+            rows: report.rows,
+            landed: report.landed,
+            lost: report.lost,
+            untouched: report.untouched,
+            missed: report.missed,
+            nonfinite: report.nonfinite,
+            largest_deviation: report.largest_deviation,
+        })
+    }
+
+    pub fn check_landed(
+        &self,
+        before: &[f32],
+        after: &[f32],
+        strengths: &[f32],
+        deviations: &mut [f32],
+    ) -> Result<LandingReport, Failure> {
+        self.check_landed_as(before, after, strengths, deviations)
+    }
+
+    pub fn check_landed_f16(
+        &self,
+        before: &[u16],
+        after: &[u16],
+        strengths: &[f32],
+        deviations: &mut [f32],
+    ) -> Result<LandingReport, Failure> {
+        let (before, after) = (before.reinterpret_cast::<f16>(), after.reinterpret_cast::<f16>());
+        self.check_landed_as(before, after, strengths, deviations)
+    }
+
+    pub fn check_landed_bf16(
+        &self,
+        before: &[u16],
+        after: &[u16],
+        strengths: &[f32],
+        deviations: &mut [f32],
+    ) -> Result<LandingReport, Failure> {
+        let (before, after) = (before.reinterpret_cast::<bf16>(), after.reinterpret_cast::<bf16>());
+        self.check_landed_as(before, after, strengths, deviations)
     }
 }

@@ -83,6 +83,15 @@ void test_directions(const std::string &fixtures) {
   CHECK(throws("Truncated", [&] { emaudit::directions_from_bytes({bytes, content.size() - 7}, {}); }));
   CHECK(throws("Io", [&] { emaudit::open_directions(fixtures + "/absent", {}); }));
 
+  emaudit::OpenOptions trusting{};
+  std::ifstream key_file(fixtures + "/key.pub");
+  const std::string key((std::istreambuf_iterator<char>(key_file)), std::istreambuf_iterator<char>());
+  trusting.trusted_key = key;
+  CHECK(emaudit::open_directions(fixtures + "/signed.safetensors", trusting)->verified());
+  CHECK(throws("Unsigned", [&] { emaudit::open_directions(good, trusting); }));
+  trusting.signature = {bytes, content.size()};
+  CHECK(throws("BadSignature", [&] { emaudit::open_directions(good, trusting); }));
+
   emaudit::ModelIdentity model = directions->model();
   CHECK(directions->check_model(model) == emaudit::Identity::Exact);
   model.weights_digest = "";
@@ -144,6 +153,44 @@ void test_steer(const emaudit::Probe &probe, const emaudit::Probe &untested) {
   CHECK(steering->apply_bf16({brain.data(), width}, {}, {}).touched == 1 && brain[0] != 0x3f80);
 }
 
+void test_landing(const emaudit::Probe &probe) {
+  emaudit::SteeringOptions options{};
+  options.operation = emaudit::Operation::Subtract;
+  options.alpha = 0.5f;
+  auto steering = emaudit::make_steering(probe, options);
+  const std::vector<float> before = make_rows(2);
+  std::vector<float> after = before, deviations(2);
+  const Floats was{before.data(), before.size()}, is{after.data(), after.size()};
+  CHECK(throws("NotLanded", [&] { steering->check_landed(was, is, {}, {deviations.data(), 2}); }));
+  CHECK(deviations[0] > 1.0f && deviations[1] > 1.0f);
+  steering->apply({after.data(), after.size()}, {}, {});
+  const emaudit::LandingReport report = steering->check_landed(was, is, {}, {});
+  CHECK(report.rows == 2 && report.landed == 2 && report.largest_deviation <= 1.0f);
+  CHECK(throws("InvalidArgument", [&] { steering->check_landed(was, {after.data(), width}, {}, {}); }));
+  std::vector<std::uint16_t> ones(width, 0x3f80);
+  const rust::Slice<const std::uint16_t> brain{ones.data(), width};
+  CHECK(throws("NotLanded", [&] { steering->check_landed_bf16(brain, brain, {}, {}); }));
+  CHECK(throws("NotLanded", [&] { steering->check_landed_f16(brain, brain, {}, {}); }));
+}
+
+void test_drift(const emaudit::Probe &probe) {
+  CHECK(throws("RateUnsupported", [&] { emaudit::make_drift(probe, 1, 0.01); }));
+  auto drift = emaudit::make_drift(probe, 50, 0.01);
+  auto monitor = emaudit::make_monitor(probe, emaudit::Aggregation::Mean, 0.01);
+  monitor->watch(*drift);
+  const float calm = 0.25f;
+  monitor->push({&calm, 1});
+  CHECK(monitor->verdict().state == emaudit::State::Clean);
+  const std::vector<float> shifted(50, 5.0f);
+  drift->push({shifted.data(), shifted.size()});
+  const emaudit::DriftReport report = drift->report();
+  CHECK(report.state == emaudit::DriftState::Drifted && report.windows == 1 && report.share < report.lowest);
+  CHECK(monitor->verdict().state == emaudit::State::Stale);
+  drift->reset();
+  CHECK(drift->report().state == emaudit::DriftState::Pending);
+  CHECK(monitor->verdict().state == emaudit::State::Clean);
+}
+
 void test_monitor(const emaudit::Probe &probe) {
   CHECK(throws("RateUnsupported", [&] { emaudit::make_monitor(probe, emaudit::Aggregation::Mean, 1e-9); }));
   auto monitor = emaudit::make_monitor(probe, emaudit::Aggregation::Mean, 0.01);
@@ -176,6 +223,8 @@ int main(int argc, char **argv) {
   auto untested = open_probe(fixtures + "/good.safetensors");
   test_score(*probe);
   test_steer(*probe, *untested);
+  test_landing(*probe);
+  test_drift(*probe);
   test_monitor(*probe);
   std::puts("ok: cxx");
   return 0;

@@ -169,8 +169,8 @@ class ManifestReader {
     found.rate = probability(member(from, "rate"), "rate");
     found.z = narrow(member(from, "z"), "z");
     const double n = found.sequences;
-    rule(found.rate * (n + 1) >= 1 - 1e-9, "rate", "at least 1 / (sequences + 1); calibrate on more sequences");
     const double floor = 1 - std::pow(0.05, 1 / n) - 1e-9;
+    rule(found.rate >= floor, "rate", "at least 1 - 0.05^(1 / sequences); calibrate on more sequences");
     found.rate_upper = between(member(from, "rate_upper"), "rate_upper", floor, 1);
     return found;
   }
