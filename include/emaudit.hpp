@@ -457,6 +457,7 @@ class Probe {
   const emaudit_probe *get() const noexcept { return handle_.get(); }
 
  private:
+  friend class ProbeSlot;
   explicit Probe(emaudit_probe *handle) noexcept : handle_(handle) {}
 
   emaudit_probe_info info() const noexcept {
@@ -535,6 +536,7 @@ class Steering {
   const emaudit_steering *get() const noexcept { return handle_.get(); }
 
  private:
+  friend class SteeringSlot;
   explicit Steering(emaudit_steering *handle) noexcept : handle_(handle) {}
 
   template <class Call>
@@ -620,6 +622,67 @@ class Monitor {
   explicit Monitor(emaudit_monitor *handle) noexcept : handle_(handle) {}
 
   detail::Handle<emaudit_monitor, emaudit_monitor_free> handle_;
+};
+
+/// A place that holds a probe: requests acquire the probe of the moment while another thread replaces it.
+class ProbeSlot {
+ public:
+  static Result<ProbeSlot> make(const Probe &probe) {
+    emaudit_probe_slot *handle = nullptr;
+    return detail::run<ProbeSlot>(
+        [&](emaudit_error **e) { return emaudit_probe_slot_new(probe.get(), &handle, e); },
+        [&] { return ProbeSlot(handle); });
+  }
+
+  /// The probe of this moment, for all of a request. No lock, no waiting; allocates only at a thread's first call.
+  Probe acquire() const noexcept {
+    emaudit_probe *probe = nullptr;
+    (void)emaudit_probe_slot_acquire(get(), &probe, nullptr);
+    return Probe(probe);
+  }
+
+  /// Whoever acquires from now on gets this probe; who holds the one before keeps it.
+  Result<void> replace(const Probe &probe) const {
+    return detail::run([&](emaudit_error **e) { return emaudit_probe_slot_replace(get(), probe.get(), e); });
+  }
+
+  const emaudit_probe_slot *get() const noexcept { return handle_.get(); }
+
+ private:
+  explicit ProbeSlot(emaudit_probe_slot *handle) noexcept : handle_(handle) {}
+
+  detail::Handle<emaudit_probe_slot, emaudit_probe_slot_free> handle_;
+};
+
+/// A place that holds a steering, as ProbeSlot holds a probe.
+class SteeringSlot {
+ public:
+  static Result<SteeringSlot> make(const Steering &steering) {
+    emaudit_steering_slot *handle = nullptr;
+    return detail::run<SteeringSlot>(
+        [&](emaudit_error **e) { return emaudit_steering_slot_new(steering.get(), &handle, e); },
+        [&] { return SteeringSlot(handle); });
+  }
+
+  /// The steering of this moment, for all of a request. No lock, no waiting; allocates only at a thread's first
+  /// call.
+  Steering acquire() const noexcept {
+    emaudit_steering *steering = nullptr;
+    (void)emaudit_steering_slot_acquire(get(), &steering, nullptr);
+    return Steering(steering);
+  }
+
+  /// Whoever acquires from now on gets this steering; who holds the one before keeps it.
+  Result<void> replace(const Steering &steering) const {
+    return detail::run([&](emaudit_error **e) { return emaudit_steering_slot_replace(get(), steering.get(), e); });
+  }
+
+  const emaudit_steering_slot *get() const noexcept { return handle_.get(); }
+
+ private:
+  explicit SteeringSlot(emaudit_steering_slot *handle) noexcept : handle_(handle) {}
+
+  detail::Handle<emaudit_steering_slot, emaudit_steering_slot_free> handle_;
 };
 
 /// The kernels this CPU can run, slowest first.

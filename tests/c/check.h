@@ -64,5 +64,6 @@ void test_score_refusals(void);
 void test_steer(void);
 void test_steer_refusals(void);
 void test_monitor(void);
+void test_slot(void);
 
 #endif

@@ -79,6 +79,7 @@ int main(int argc, char **argv) {
   test_steer();
   test_steer_refusals();
   test_monitor();
+  test_slot();
   printf("ok: %u checks\n", checks_done);
   return 0;
 }

@@ -1,7 +1,7 @@
 //! Scoring, steering and monitoring through the C ABI allocate nothing when they succeed.
 
 use super::fixture::{self, LAYER, WIDTH};
-use emaudit::ffi::{directions::*, layers::*, monitor::*, probe::*, steering::*, tensor::*};
+use emaudit::ffi::{directions::*, layers::*, monitor::*, probe::*, slot::*, steering::*, tensor::*};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ptr::{null, null_mut};
@@ -81,13 +81,18 @@ fn the_hot_path_allocates_nothing() {
         let probe = make(|out| emaudit_probe_new(directions, LAYER, null(), out, null_mut()));
         let steering = make(|out| emaudit_steering_new(probe, &steering_options, out, null_mut()));
         let monitor = make(|out| emaudit_monitor_new(probe, &monitor_options, out, null_mut()));
+        let slot = make(|out| emaudit_probe_slot_new(probe, out, null_mut()));
+        // A thread's first acquire is the one that may allocate.
+        emaudit_probe_free(make(|out| emaudit_probe_slot_acquire(slot, out, null_mut())));
+        let mut acquired = null_mut();
         let mut verdict: emaudit_verdict = std::mem::zeroed();
         verdict.struct_size = size_of::<emaudit_verdict>() as u32;
         let (scores, status) = (scores.as_mut_ptr(), status.as_mut_ptr());
 
         let before = CALLS.get();
         let outcomes = [
-            emaudit_probe_score(probe, &tensor, EMAUDIT_UNIT_RAW, scores, status, null_mut()),
+            emaudit_probe_slot_acquire(slot, &mut acquired, null_mut()),
+            emaudit_probe_score(acquired, &tensor, EMAUDIT_UNIT_RAW, scores, status, null_mut()),
             emaudit_steering_score_and_apply(
                 steering,
                 &tensor,
@@ -102,12 +107,14 @@ fn the_hot_path_allocates_nothing() {
             emaudit_monitor_get_verdict(monitor, &mut verdict, null_mut()),
             emaudit_monitor_reset(monitor, null_mut()),
         ];
+        emaudit_probe_free(acquired);
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 5]);
+        assert_eq!(outcomes, [0; 6]);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
         assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);
+        emaudit_probe_slot_free(slot);
         emaudit_directions_free(directions);
         emaudit_probe_free(probe);
         emaudit_steering_free(steering);

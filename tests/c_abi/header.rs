@@ -3,7 +3,7 @@
 use super::toolchain::root;
 
 /// The files of the ABI, in the order of the header.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "version",
     "error",
     "kernel",
@@ -14,6 +14,7 @@ const SOURCES: [&str; 10] = [
     "probe",
     "steering",
     "monitor",
+    "slot",
 ];
 
 fn generate() -> String {

@@ -5,12 +5,13 @@ use super::toolchain::{Linkage, Standard, build, root, run, shared_library};
 use std::collections::BTreeSet;
 use std::process::Command;
 
-const C_SOURCES: [&str; 6] = [
+const C_SOURCES: [&str; 7] = [
     "tests/c/main.c",
     "tests/c/open.c",
     "tests/c/trust.c",
     "tests/c/score.c",
     "tests/c/steer.c",
+    "tests/c/slot.c",
     "tests/c/monitor.c",
 ];
 const CPP_SOURCES: [&str; 2] = ["tests/cpp/main.cpp", "tests/cpp/second_unit.cpp"];
@@ -41,6 +42,12 @@ fn cpp_with_the_shared_library() {
 #[test]
 fn cpp_with_the_static_library() {
     check_program("cpp", Standard::Cpp17, Linkage::Static, &CPP_SOURCES);
+}
+
+/// Named so that the sanitizers' runs, which pick tests by name, have it.
+#[test]
+fn reload_in_cpp_with_the_static_library() {
+    check_program("reload", Standard::Cpp17, Linkage::Static, &["tests/cpp/reload.cpp"]);
 }
 
 /// Compiles a file that only includes `header`.
