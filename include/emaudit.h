@@ -14,7 +14,8 @@
  *  - The last parameter `error` may be NULL; see emaudit_error.
  *  - `emaudit_*_free(NULL)` does nothing. What was made from a handle keeps what it needs: the order of
  *    freeing is free.
- *  - Const handles are shared between threads freely; a monitor and a drift belong to one thread at a time.
+ *  - Const handles are shared between threads freely; a monitor and a drift belong to one thread at a time. To
+ *    replace what threads are using, put it into a slot.
  *  - Structs begin with struct_size and are initialised with their _INIT macro. An older, smaller struct is
  *    accepted; a newer, larger one only while the bytes this library does not know are zero.
  *  - A pointer whose length is 0 is ignored.
@@ -182,13 +183,17 @@
 #define EMAUDIT_DTYPE_BF16 3
 
 /**
- * Read the file into memory. The default: nobody can change the bytes afterwards.
+ * Read the file into memory, once. The default: what was verified is what is used, whatever happens to the
+ * file afterwards.
  */
 #define EMAUDIT_MODE_COPIED 0
 
 /**
- * Map the file. Use it only where the file is trusted to stay as it is: truncating a mapped file kills the
- * process with SIGBUS.
+ * Map the file: nothing is copied, and processes share its pages. Only where the file is trusted to stay as it
+ * is. Replacing it by rename, or removing it, is harmless. After a truncation probes, steerings and monitors
+ * that exist work on, but a call that reads the vectors (`emaudit_probe_new`,
+ * `emaudit_directions_copy_vectors`) kills the process with SIGBUS; after a write it reads other values than
+ * were verified.
  */
 #define EMAUDIT_MODE_MAPPED 1
 
@@ -434,9 +439,30 @@ typedef struct emaudit_monitor emaudit_monitor;
 typedef struct emaudit_probe emaudit_probe;
 
 /**
+ * A place that holds one probe. Requests acquire the probe of the moment while another thread replaces it:
+ *
+ * ```c
+ * emaudit_probe *probe = NULL;
+ * if (emaudit_probe_slot_acquire(slot, &probe, NULL) == EMAUDIT_STATUS_OK) {
+ *   ... score all rows of the request with it ...
+ *   emaudit_probe_free(probe);
+ * }
+ * ```
+ *
+ * Use one acquired probe for all of a request, and for all of a sequence that a monitor follows. Share the slot
+ * between threads freely.
+ */
+typedef struct emaudit_probe_slot emaudit_probe_slot;
+
+/**
  * A checked way to edit rows, bound to a probe. It never changes; share it between threads freely.
  */
 typedef struct emaudit_steering emaudit_steering;
+
+/**
+ * A place that holds one steering, as `emaudit_probe_slot` holds a probe.
+ */
+typedef struct emaudit_steering_slot emaudit_steering_slot;
 
 /**
  * Outcome of a call: one of the `EMAUDIT_STATUS_*` numbers. Numbers never move; new ones may be added, so
@@ -1277,10 +1303,11 @@ emaudit_status emaudit_probe_new(const struct emaudit_directions *directions,
                                  struct emaudit_error **error);
 
 /**
- * Frees a probe. NULL is fine. Steering and monitors made from it live on.
+ * Frees a probe. NULL is fine. Steering, monitors and slots made from it live on.
  *
  * # Safety
- * `probe` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+ * `probe` is NULL or a handle that was not freed and that no other thread uses; it is not used again. (Handles
+ * acquired from a slot may be equal; each counts for itself.)
  */
 void emaudit_probe_free(struct emaudit_probe *probe);
 
@@ -1355,10 +1382,11 @@ emaudit_status emaudit_steering_new(const struct emaudit_probe *probe,
                                     struct emaudit_error **error);
 
 /**
- * Frees a steering handle. NULL is fine.
+ * Frees a steering handle. NULL is fine. Slots made from it live on.
  *
  * # Safety
  * `steering` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+ * (Handles acquired from a slot may be equal; each counts for itself.)
  */
 void emaudit_steering_free(struct emaudit_steering *steering);
 
@@ -1596,6 +1624,107 @@ emaudit_status emaudit_monitor_get_verdict(const struct emaudit_monitor *monitor
  */
 emaudit_status emaudit_monitor_reset(struct emaudit_monitor *monitor,
                                      struct emaudit_error **error);
+
+/**
+ * Makes a slot that holds `probe`.
+ *
+ * `*slot` receives a handle that the caller frees with `emaudit_probe_slot_free`; `probe` remains the caller's
+ * and may be freed before it.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any. Allocates.
+ *
+ * # Safety
+ * `probe` is a live handle; `slot` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_probe_slot_new(const struct emaudit_probe *probe,
+                                      struct emaudit_probe_slot **slot,
+                                      struct emaudit_error **error);
+
+/**
+ * Puts `probe` in the place of the one before. Whoever acquires from now on gets the new one; whoever holds the
+ * old one keeps it, whole, until freeing it. `probe` remains the caller's and may be freed.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any, while others acquire and replace.
+ *
+ * # Safety
+ * `slot` and `probe` are live handles; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_probe_slot_replace(const struct emaudit_probe_slot *slot,
+                                          const struct emaudit_probe *probe,
+                                          struct emaudit_error **error);
+
+/**
+ * Gives the probe of this moment.
+ *
+ * `*probe` receives a handle of the caller's own, which is freed with `emaudit_probe_free` as any other, by
+ * whichever thread, before or after the slot. The last free of a replaced probe releases its memory.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any, while others acquire and replace. Takes no lock and waits for nobody;
+ * allocates nothing, save once in each thread, at its first acquire.
+ *
+ * # Safety
+ * `slot` is a live handle; `probe` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_probe_slot_acquire(const struct emaudit_probe_slot *slot,
+                                          struct emaudit_probe **probe,
+                                          struct emaudit_error **error);
+
+/**
+ * Frees a slot. NULL is fine. Acquired probes live on.
+ *
+ * # Safety
+ * `slot` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+ */
+void emaudit_probe_slot_free(struct emaudit_probe_slot *slot);
+
+/**
+ * Makes a slot that holds `steering`.
+ *
+ * `*slot` receives a handle that the caller frees with `emaudit_steering_slot_free`; `steering` remains the
+ * caller's and may be freed before it.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any. Allocates.
+ *
+ * # Safety
+ * `steering` is a live handle; `slot` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_steering_slot_new(const struct emaudit_steering *steering,
+                                         struct emaudit_steering_slot **slot,
+                                         struct emaudit_error **error);
+
+/**
+ * Puts `steering` in the place of the one before, as `emaudit_probe_slot_replace` does.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any, while others acquire and replace.
+ *
+ * # Safety
+ * `slot` and `steering` are live handles; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_steering_slot_replace(const struct emaudit_steering_slot *slot,
+                                             const struct emaudit_steering *steering,
+                                             struct emaudit_error **error);
+
+/**
+ * Gives the steering of this moment, as `emaudit_probe_slot_acquire` gives a probe; it is freed with
+ * `emaudit_steering_free`.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any, while others acquire and replace. Takes no lock and waits for nobody;
+ * allocates nothing, save once in each thread, at its first acquire.
+ *
+ * # Safety
+ * `slot` is a live handle; `steering` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_steering_slot_acquire(const struct emaudit_steering_slot *slot,
+                                             struct emaudit_steering **steering,
+                                             struct emaudit_error **error);
+
+/**
+ * Frees a slot. NULL is fine. Acquired steerings live on.
+ *
+ * # Safety
+ * `slot` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+ */
+void emaudit_steering_slot_free(struct emaudit_steering_slot *slot);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -18,7 +18,8 @@
 //
 // Handles are move-only; a moved-from handle may only be destroyed or assigned to. What is made from a handle
 // keeps what it needs, so any order of destruction is fine. Const member functions may be called from several
-// threads at once; a Monitor and a Drift belong to one thread at a time. emaudit.h documents every operation in full.
+// threads at once; a Monitor and a Drift belong to one thread at a time. To replace what threads are using, put it
+// into a ProbeSlot or a SteeringSlot. emaudit.h documents every operation in full.
 #ifndef EMAUDIT_HPP
 #define EMAUDIT_HPP
 
@@ -29,6 +30,7 @@
 #include "emaudit/probe.hpp"
 #include "emaudit/result.hpp"
 #include "emaudit/rows.hpp"
+#include "emaudit/slot.hpp"
 #include "emaudit/steering.hpp"
 
 #endif  // EMAUDIT_HPP

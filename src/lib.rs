@@ -2,8 +2,9 @@
 //!
 //! The way data takes, one module per step: [`directions`] (file, mapped or copied, checked whole) ->
 //! [`probe`] (one layer bound to one kernel) -> scores -> [`monitor`] (one sequence) -> [`verdict`].
-//! [`drift`] watches whether calm sequences still score as they did in calibration; while they do not, verdicts are stale.
-//! [`steering`] edits rows in place; [`controls`] makes the seeded directions that a claim must beat;
+//! [`drift`] watches whether calm sequences still score as they did in calibration; while they do not, verdicts are
+//! stale. [`steering`] edits rows in place; [`reload`] replaces what is being served; [`controls`] makes the seeded
+//! directions that a claim must beat;
 //! [`kernel`] is arithmetic only; [`ffi`] is the C ABI over all of it.
 //!
 //! ```
@@ -35,6 +36,7 @@ pub mod ffi;
 pub mod kernel;
 pub mod monitor;
 pub mod probe;
+pub mod reload;
 pub mod steering;
 pub mod verdict;
 
@@ -45,6 +47,7 @@ pub use error::{Error, Result, Status};
 pub use kernel::KernelKind;
 pub use monitor::Monitor;
 pub use probe::{Probe, RowStatus, ScoreUnit};
+pub use reload::Reloadable;
 pub use steering::{LandingReport, Operation, SteerReport, Steering, SteeringOptions};
 pub use verdict::{State, Verdict};
 

@@ -56,7 +56,15 @@
   X(monitor_watch)              \
   X(monitor_push)               \
   X(monitor_get_verdict)        \
-  X(monitor_reset)
+  X(monitor_reset)              \
+  X(probe_slot_new)             \
+  X(probe_slot_replace)         \
+  X(probe_slot_acquire)         \
+  X(probe_slot_free)            \
+  X(steering_slot_new)          \
+  X(steering_slot_replace)      \
+  X(steering_slot_acquire)      \
+  X(steering_slot_free)
 
 namespace emaudit {
 inline namespace EMAUDIT_LINKAGE {

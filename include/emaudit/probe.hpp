@@ -62,6 +62,7 @@ class Probe {
   const emaudit_probe *get() const noexcept { return handle_.get(); }
 
  private:
+  friend class ProbeSlot;
   explicit Probe(emaudit_probe *handle) noexcept : handle_(handle) {}
 
   emaudit_probe_info info() const noexcept {

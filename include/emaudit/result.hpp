@@ -62,6 +62,8 @@ struct Deleter {
   void operator()(emaudit_directions *handle) const noexcept { functions()->directions_free(handle); }
   void operator()(emaudit_probe *handle) const noexcept { functions()->probe_free(handle); }
   void operator()(emaudit_steering *handle) const noexcept { functions()->steering_free(handle); }
+  void operator()(emaudit_probe_slot *handle) const noexcept { functions()->probe_slot_free(handle); }
+  void operator()(emaudit_steering_slot *handle) const noexcept { functions()->steering_slot_free(handle); }
   void operator()(emaudit_drift *handle) const noexcept { functions()->drift_free(handle); }
   void operator()(emaudit_monitor *handle) const noexcept { functions()->monitor_free(handle); }
 };

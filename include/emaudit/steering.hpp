@@ -145,6 +145,7 @@ class Steering {
   const emaudit_steering *get() const noexcept { return handle_.get(); }
 
  private:
+  friend class SteeringSlot;
   explicit Steering(emaudit_steering *handle) noexcept : handle_(handle) {}
 
   static const float *pointer(Span<const float> strengths) noexcept {

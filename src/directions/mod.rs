@@ -42,14 +42,19 @@ use std::path::Path;
 /// How the bytes of a file are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// Read into memory once. What was verified stays what is used.
+    /// Read into memory once. What was verified stays what is used, whatever happens to the file afterwards.
     #[default]
     Copied,
-    /// Mapped into memory: nothing is copied and processes share the pages.
+    /// Mapped into memory: nothing is copied, and processes that open the same file share its pages.
     ///
-    /// The caller promises that nobody changes the file while it is open. If somebody truncates it, the next
-    /// access beyond the new end raises SIGBUS and ends the process; if somebody writes to it, the
-    /// directions change after they were verified. Replacing the file by rename, as [`write()`] does, is safe.
+    /// For files that are trusted to stay as they are. The promise that nobody writes to the file while it is
+    /// open is the caller's:
+    ///
+    /// - Replaced by rename, as [`write()`] does, or removed: harmless; the old file lives on until it is closed.
+    /// - Truncated: whatever was made before, a [`Probe`](crate::Probe), a steering, a monitor, works on unharmed,
+    ///   for it holds copies; the manifest and the digest do too. [`Directions::layer`] and new probes read the
+    ///   file and raise SIGBUS, which ends the process. So does opening, if it happens meanwhile.
+    /// - Written to: the values change after they were verified, for those who read them afterwards.
     Mapped,
 }
 

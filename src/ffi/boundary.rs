@@ -6,6 +6,7 @@ use crate::error::{Error, Result, Status};
 use std::any::Any;
 use std::ffi::{CStr, c_char};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 /// Largest `struct_size` believed: anything above is an uninitialised field, not a future version.
 const STRUCT_SIZE_CAP: usize = 4096;
@@ -179,6 +180,39 @@ pub(super) unsafe fn take_back<T>(pointer: *mut T) {
     if !pointer.is_null() {
         // SAFETY: it came from `Box::into_raw`, once.
         guard_void(|| drop(unsafe { Box::from_raw(pointer) }));
+    }
+}
+
+/// Gives one share of a handle to the caller; each share is taken back once, by whichever thread.
+///
+/// # Safety
+/// As [`hand_out`].
+pub(super) unsafe fn hand_out_shared<T>(out: *mut *mut T, value: Arc<T>) {
+    // SAFETY: by the caller's word.
+    unsafe { out.write(Arc::into_raw(value).cast_mut()) };
+}
+
+/// One more share of a handle that [`hand_out_shared`] gave.
+///
+/// # Safety
+/// A non-null `pointer` came from [`hand_out_shared`] and is not taken back during the call.
+pub(super) unsafe fn share<T>(pointer: *const T, name: &str) -> Result<Arc<T>> {
+    check_pointer(pointer, name)?;
+    // SAFETY: it came from `Arc::into_raw`, and the caller's share keeps it alive.
+    unsafe {
+        Arc::increment_strong_count(pointer);
+        Ok(Arc::from_raw(pointer))
+    }
+}
+
+/// Takes one share back and drops it, and with the last one the value; null is fine.
+///
+/// # Safety
+/// A non-null `pointer` came from [`hand_out_shared`], and this share of it is not used again.
+pub(super) unsafe fn take_back_shared<T>(pointer: *const T) {
+    if !pointer.is_null() {
+        // SAFETY: it came from `Arc::into_raw`, once for each share.
+        guard_void(|| drop(unsafe { Arc::from_raw(pointer) }));
     }
 }
 

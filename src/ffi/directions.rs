@@ -14,10 +14,14 @@ use std::mem::offset_of;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Read the file into memory. The default: nobody can change the bytes afterwards.
+/// Read the file into memory, once. The default: what was verified is what is used, whatever happens to the
+/// file afterwards.
 pub const EMAUDIT_MODE_COPIED: u32 = 0;
-/// Map the file. Use it only where the file is trusted to stay as it is: truncating a mapped file kills the
-/// process with SIGBUS.
+/// Map the file: nothing is copied, and processes share its pages. Only where the file is trusted to stay as it
+/// is. Replacing it by rename, or removing it, is harmless. After a truncation probes, steerings and monitors
+/// that exist work on, but a call that reads the vectors (`emaudit_probe_new`,
+/// `emaudit_directions_copy_vectors`) kills the process with SIGBUS; after a write it reads other values than
+/// were verified.
 pub const EMAUDIT_MODE_MAPPED: u32 = 1;
 
 /// Not enough was measured to say.

@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod layers;
 pub mod monitor;
 pub mod probe;
+pub mod slot;
 pub mod steering;
 pub mod tensor;
 pub mod version;

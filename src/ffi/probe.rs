@@ -1,8 +1,8 @@
 //! Probes: score rows against a direction.
 
 use super::boundary::{
-    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, guard, hand_out, invalid,
-    read_struct_or_default, slice_mut, take_back,
+    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, guard, hand_out_shared,
+    invalid, read_struct_or_default, slice_mut, take_back_shared,
 };
 use super::directions::emaudit_directions;
 use super::error::{emaudit_error, emaudit_status};
@@ -129,21 +129,22 @@ pub unsafe extern "C" fn emaudit_probe_new(
             Some(kernel) => Probe::with_kernel(shared, layer, kernel)?,
             None => Probe::new(shared, layer)?,
         };
-        unsafe { hand_out(probe, emaudit_probe { probe: made, layer }) };
+        unsafe { hand_out_shared(probe, Arc::new(emaudit_probe { probe: made, layer })) };
         Ok(())
     };
     // SAFETY: by the contract above.
     unsafe { guard(error, body) }
 }
 
-/// Frees a probe. NULL is fine. Steering and monitors made from it live on.
+/// Frees a probe. NULL is fine. Steering, monitors and slots made from it live on.
 ///
 /// # Safety
-/// `probe` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+/// `probe` is NULL or a handle that was not freed and that no other thread uses; it is not used again. (Handles
+/// acquired from a slot may be equal; each counts for itself.)
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emaudit_probe_free(probe: *mut emaudit_probe) {
-    // SAFETY: handles are made by `hand_out`.
-    unsafe { take_back(probe) };
+    // SAFETY: handles are made by `hand_out_shared`.
+    unsafe { take_back_shared(probe) };
 }
 
 /// Describes a probe.

@@ -1,8 +1,8 @@
 //! Steering: edit rows in place along a probe's direction.
 
 use super::boundary::{
-    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, flag, guard, hand_out,
-    invalid, read_struct, slice, slice_mut, take_back,
+    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, flag, guard,
+    hand_out_shared, invalid, read_struct, slice, slice_mut, take_back_shared,
 };
 use super::error::{emaudit_error, emaudit_status};
 use super::probe::{emaudit_probe, row_status};
@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::probe::ScoreUnit;
 use crate::steering::{LandingReport, Operation, SteerReport, Steering, SteeringOptions};
 use std::mem::offset_of;
+use std::sync::Arc;
 
 /// h -= strength * alpha * v, with v the direction as stored.
 pub const EMAUDIT_OPERATION_SUBTRACT: u32 = 1;
@@ -157,21 +158,22 @@ pub unsafe extern "C" fn emaudit_steering_new(
         check_pointer(steering.cast_const(), "steering")?;
         let options = options_from(&unsafe { read_struct(options)? })?;
         let made = Steering::new(probe, options)?;
-        unsafe { hand_out(steering, emaudit_steering { steering: made }) };
+        unsafe { hand_out_shared(steering, Arc::new(emaudit_steering { steering: made })) };
         Ok(())
     };
     // SAFETY: by the contract above.
     unsafe { guard(error, body) }
 }
 
-/// Frees a steering handle. NULL is fine.
+/// Frees a steering handle. NULL is fine. Slots made from it live on.
 ///
 /// # Safety
 /// `steering` is NULL or a handle that was not freed and that no other thread uses; it is not used again.
+/// (Handles acquired from a slot may be equal; each counts for itself.)
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emaudit_steering_free(steering: *mut emaudit_steering) {
-    // SAFETY: handles are made by `hand_out`.
-    unsafe { take_back(steering) };
+    // SAFETY: handles are made by `hand_out_shared`.
+    unsafe { take_back_shared(steering) };
 }
 
 /// The arguments that both steering calls share.

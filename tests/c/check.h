@@ -66,5 +66,6 @@ void test_steer_refusals(void);
 void test_monitor(void);
 void test_drift(void);
 void test_landing(void);
+void test_slot(void);
 
 #endif

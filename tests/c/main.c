@@ -81,6 +81,7 @@ int main(int argc, char **argv) {
   test_monitor();
   test_drift();
   test_landing();
+  test_slot();
   printf("ok: %u checks\n", checks_done);
   return 0;
 }

@@ -1,7 +1,9 @@
 //! Scoring, steering and monitoring through the C ABI allocate nothing when they succeed.
 
 use super::fixture::{self, LAYER, WIDTH};
-use emaudit::ffi::{directions::*, drift::*, layers::*, monitor::*, probe::*, steering::*, tensor::*};
+use emaudit::ffi::{
+    directions::*, drift::*, layers::*, monitor::*, probe::*, slot::*, steering::*, tensor::*,
+};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::ptr::{null, null_mut};
@@ -89,13 +91,18 @@ fn the_hot_path_allocates_nothing() {
         assert_eq!(emaudit_monitor_watch(monitor, drift, null_mut()), 0);
         let mut report: emaudit_drift_report = std::mem::zeroed();
         report.struct_size = size_of::<emaudit_drift_report>() as u32;
+        let slot = make(|out| emaudit_probe_slot_new(probe, out, null_mut()));
+        // A thread's first acquire is the one that may allocate.
+        emaudit_probe_free(make(|out| emaudit_probe_slot_acquire(slot, out, null_mut())));
+        let mut acquired = null_mut();
         let mut verdict: emaudit_verdict = std::mem::zeroed();
         verdict.struct_size = size_of::<emaudit_verdict>() as u32;
         let (scores, status) = (scores.as_mut_ptr(), status.as_mut_ptr());
 
         let before = CALLS.get();
         let outcomes = [
-            emaudit_probe_score(probe, &tensor, EMAUDIT_UNIT_RAW, scores, status, null_mut()),
+            emaudit_probe_slot_acquire(slot, &mut acquired, null_mut()),
+            emaudit_probe_score(acquired, &tensor, EMAUDIT_UNIT_RAW, scores, status, null_mut()),
             emaudit_steering_score_and_apply(
                 steering,
                 &tensor,
@@ -121,15 +128,17 @@ fn the_hot_path_allocates_nothing() {
             emaudit_monitor_get_verdict(monitor, &mut verdict, null_mut()),
             emaudit_monitor_reset(monitor, null_mut()),
         ];
+        emaudit_probe_free(acquired);
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 8]);
+        assert_eq!(outcomes, [0; 9]);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
         assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);
         assert_eq!(report.windows, 1);
         emaudit_steering_free(inert);
         emaudit_drift_free(drift);
+        emaudit_probe_slot_free(slot);
         emaudit_directions_free(directions);
         emaudit_probe_free(probe);
         emaudit_steering_free(steering);

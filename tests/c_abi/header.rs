@@ -15,6 +15,7 @@ const SOURCES: [&str; 11] = [
     "steering",
     "drift",
     "monitor",
+    "slot",
 ];
 
 fn generate() -> String {

@@ -5,12 +5,13 @@ use super::toolchain::{Build, Family, Linkage, Standard, library, root, run, sha
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const C_SOURCES: [&str; 8] = [
+const C_SOURCES: [&str; 9] = [
     "tests/c/main.c",
     "tests/c/open.c",
     "tests/c/trust.c",
     "tests/c/score.c",
     "tests/c/steer.c",
+    "tests/c/slot.c",
     "tests/c/monitor.c",
     "tests/c/drift.c",
     "tests/c/landing.c",
@@ -128,6 +129,17 @@ fn a_plugin_that_links_the_archive_exports_only_its_own() {
     let listing = run(Command::new("nm").args(["-D", "--defined-only", "--format=posix"]).arg(&plugin));
     let names: Vec<&str> = listing.lines().filter_map(|line| line.split(' ').next()).collect();
     assert_eq!(names, ["plugin_abi"]);
+}
+
+/// Named so that the sanitizers' runs, which pick tests by name, have it.
+#[test]
+fn reload_in_cpp_with_the_static_library() {
+    check_program(Build::new(Standard::Cpp17, Linkage::Static), &["tests/cpp/reload.cpp"]);
+}
+
+#[test]
+fn reload_in_cpp_with_the_loaded_library() {
+    check_program(Build::new(Standard::Cpp17, Linkage::Loaded), &["tests/cpp/reload.cpp"]);
 }
 
 /// Compiles a file that only includes `header`.
