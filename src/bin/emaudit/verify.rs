@@ -58,7 +58,7 @@ Examples:
 
 impl Verify {
     pub fn run(&self) -> ExitCode {
-        finish(self.answer(), self.json)
+        finish(self.answer(), self.json, 1)
     }
 
     fn answer(&self) -> emaudit::Result<Answer> {
@@ -72,6 +72,7 @@ impl Verify {
         let layers: Vec<u32> = directions.layers().collect();
         let (causal, content) = (manifest.evidence.causal.as_str(), manifest.evidence.content.as_str());
         Ok(Answer {
+            code: 0,
             page: format!("good: {file_digest} matches {by}; causal {causal}, content {content}\n"),
             object: json!({
                 "ok": true,
