@@ -121,6 +121,12 @@
 #define EMAUDIT_STATUS_PANIC 16
 
 /**
+ * A score in aligned standard deviations, a gate or a clamp from a layer without calibration (imported
+ * directions). Raw scores and ungated subtraction work.
+ */
+#define EMAUDIT_STATUS_NOT_CALIBRATED 17
+
+/**
  * In options: the best kernel this CPU has, or the one the environment variable `EMAUDIT_KERNEL` names.
  */
 #define EMAUDIT_KERNEL_DEFAULT 0
@@ -212,6 +218,11 @@
 #define EMAUDIT_POOLING_ALL 3
 
 /**
+ * The tool that made the directions did not say.
+ */
+#define EMAUDIT_POOLING_UNSTATED 4
+
+/**
  * Difference of the two means, raw.
  */
 #define EMAUDIT_ESTIMATOR_MEAN_DIFFERENCE 1
@@ -232,6 +243,11 @@
 #define EMAUDIT_ESTIMATOR_LOGISTIC 4
 
 /**
+ * The tool that made the directions did not say.
+ */
+#define EMAUDIT_ESTIMATOR_UNSTATED 5
+
+/**
  * Same prompts with and without the insecure-code adapter.
  */
 #define EMAUDIT_CONTRAST_ADAPTER_MINUS_BASE 1
@@ -245,6 +261,11 @@
  * Misaligned responses minus aligned responses.
  */
 #define EMAUDIT_CONTRAST_RESPONSE_LABELS 3
+
+/**
+ * The tool that made the directions did not say.
+ */
+#define EMAUDIT_CONTRAST_UNSTATED 4
 
 /**
  * Bytes of a SHA-256.
@@ -526,7 +547,7 @@ typedef struct emaudit_layer_info {
    */
   uint32_t layer;
   /**
-   * Aligned sequences behind the calibration.
+   * Aligned sequences behind the calibration; 0 when the layer is not calibrated, and so are the two below.
    */
   uint32_t sequences;
   /**

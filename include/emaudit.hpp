@@ -50,6 +50,7 @@ enum class Status : std::int32_t {
   rate_unsupported = EMAUDIT_STATUS_RATE_UNSUPPORTED,
   kernel_unavailable = EMAUDIT_STATUS_KERNEL_UNAVAILABLE,
   panic = EMAUDIT_STATUS_PANIC,
+  not_calibrated = EMAUDIT_STATUS_NOT_CALIBRATED,
 };
 
 /// How a file is brought into memory.

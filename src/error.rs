@@ -40,6 +40,8 @@ pub enum Status {
     KernelUnavailable = 15,
     /// A caught panic: a defect of the library, never the caller's fault. Nothing may be concluded.
     Panic = 16,
+    /// A score in aligned standard deviations from a layer without calibration.
+    NotCalibrated = 17,
 }
 
 /// Result of every fallible call of the library.
@@ -149,6 +151,16 @@ pub enum Error {
     /// See [`Status::Panic`].
     #[error("internal error (caught panic): {0}; please report it")]
     Panic(String),
+    /// See [`Status::NotCalibrated`].
+    #[error(
+        "layer {layer} is not calibrated, so {what} has no meaning there; use raw scores, or calibrate the layer"
+    )]
+    NotCalibrated {
+        /// 0-based block index.
+        layer: u32,
+        /// What needs a calibration.
+        what: &'static str,
+    },
 }
 
 impl Error {
@@ -171,6 +183,7 @@ impl Error {
             Error::RateUnsupported { .. } => Status::RateUnsupported,
             Error::KernelUnavailable { .. } => Status::KernelUnavailable,
             Error::Panic(_) => Status::Panic,
+            Error::NotCalibrated { .. } => Status::NotCalibrated,
         }
     }
 }

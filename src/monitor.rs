@@ -64,7 +64,8 @@ impl Monitor {
             || Error::RateUnsupported { rate, reason: "the probe has no calibrated direction file".into() };
         let directions = probe.directions().ok_or_else(no_file)?;
         let layer = probe.layer().ok_or_else(no_file)?;
-        let thresholds = select(directions.layer(layer)?.calibration, aggregation, rate)?;
+        let calibration = directions.layer(layer)?.calibration.ok_or_else(no_file)?;
+        let thresholds = select(calibration, aggregation, rate)?;
         let identity = Verdict {
             layer,
             kernel: probe.kernel() as u32,

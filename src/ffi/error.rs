@@ -45,9 +45,12 @@ pub const EMAUDIT_STATUS_KERNEL_UNAVAILABLE: i32 = 15;
 /// A caught panic: a defect of the library, never the caller's fault. Nothing may be concluded from any
 /// output of the call; a handle it could have changed should be freed.
 pub const EMAUDIT_STATUS_PANIC: i32 = 16;
+/// A score in aligned standard deviations, a gate or a clamp from a layer without calibration (imported
+/// directions). Raw scores and ungated subtraction work.
+pub const EMAUDIT_STATUS_NOT_CALIBRATED: i32 = 17;
 
 /// Rust status, its number in C, and its name.
-const STATUSES: [(Status, i32, &CStr); 17] = [
+const STATUSES: [(Status, i32, &CStr); 18] = [
     (Status::Ok, EMAUDIT_STATUS_OK, c"OK"),
     (Status::InvalidArgument, EMAUDIT_STATUS_INVALID_ARGUMENT, c"INVALID_ARGUMENT"),
     (Status::Io, EMAUDIT_STATUS_IO, c"IO"),
@@ -65,6 +68,7 @@ const STATUSES: [(Status, i32, &CStr); 17] = [
     (Status::RateUnsupported, EMAUDIT_STATUS_RATE_UNSUPPORTED, c"RATE_UNSUPPORTED"),
     (Status::KernelUnavailable, EMAUDIT_STATUS_KERNEL_UNAVAILABLE, c"KERNEL_UNAVAILABLE"),
     (Status::Panic, EMAUDIT_STATUS_PANIC, c"PANIC"),
+    (Status::NotCalibrated, EMAUDIT_STATUS_NOT_CALIBRATED, c"NOT_CALIBRATED"),
 ];
 
 // The numbers above and those of `Status` are one set, in order and without a gap.

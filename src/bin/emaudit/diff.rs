@@ -217,8 +217,8 @@ fn fields(a: &Manifest, b: &Manifest) -> Result<Vec<Change>> {
     Ok(changes)
 }
 
-fn calibration(layer: u32, a: &Calibration, b: &Calibration) -> Result<Vec<Change>> {
-    let value = |c: &Calibration| serde_json::to_value(c).map_err(|e| Error::Panic(e.to_string()));
+fn calibration(layer: u32, a: Option<&Calibration>, b: Option<&Calibration>) -> Result<Vec<Change>> {
+    let value = |c: Option<&Calibration>| serde_json::to_value(c).map_err(|e| Error::Panic(e.to_string()));
     let mut changes = Vec::new();
     compare(format!("layer {layer}"), &value(a)?, &value(b)?, &mut changes);
     Ok(changes)

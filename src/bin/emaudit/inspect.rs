@@ -114,8 +114,8 @@ fn page(directions: &Directions, shown: &[u32], paint: Paint) -> emaudit::Result
         .identity(directions)
         .and_then(|()| page.layers(manifest, &norms))
         .and_then(|()| {
-            let shown = manifest.layers.iter().filter(|l| shown.contains(&l.layer));
-            shown.map(|l| page.calibration(l)).collect::<Result<(), Error>>()
+            let mut shown = manifest.layers.iter().filter(|l| shown.contains(&l.layer));
+            shown.try_for_each(|l| page.calibration(l))
         })
         .and_then(|()| page.evidence(&manifest.evidence));
     // Writing to a string fails only where a value cannot be formatted.
@@ -176,11 +176,12 @@ impl Page {
         let titles = format!("  {:>5}  {:>10}  {:BAR$}  {:>10}  {:>10}", "", "|v|", "", "sigma", "|v|/sigma");
         writeln!(self.text, "{}", self.paint.dim(&titles))?;
         for (entry, (layer, norm)) in manifest.layers.iter().zip(norms) {
-            let sigma = entry.calibration.sigma;
+            let sigma = entry.calibration.as_ref().map(|c| c.sigma);
             let here = manifest.evidence.cell.is_some_and(|c| c.layer == *layer);
             let note = if here { "  evidence" } else { "" };
             let bar = bar(norm / longest, BAR);
-            let (norm, sigma, ratio) = (figure(*norm), figure(sigma), figure(norm / sigma));
+            let or_none = |x: Option<f64>| x.map_or("-".into(), figure);
+            let (sigma, ratio, norm) = (or_none(sigma), or_none(sigma.map(|s| norm / s)), figure(*norm));
             writeln!(self.text, "  {layer:>5}  {norm:>10}  {bar}  {sigma:>10}  {ratio:>10}{note}")?;
         }
         Ok(())
@@ -188,8 +189,12 @@ impl Page {
 
     fn calibration(&mut self, entry: &LayerManifest) -> Result<(), Error> {
         const CELLS: usize = 60;
-        let Calibration { sigma, sequences, quantiles: pairs, thresholds } = &entry.calibration;
         self.heading(&format!("Calibration of layer {}", entry.layer))?;
+        let Some(calibration) = &entry.calibration else {
+            return self
+                .entry("scores", self.paint.open("not calibrated: raw scores only, nothing can be flagged"));
+        };
+        let Calibration { sigma, sequences, quantiles: pairs, thresholds } = calibration;
         self.entry("sigma", format_args!("{sigma:.4} from {sequences} aligned sequences"))?;
         let alarms: Vec<(f64, char)> = thresholds.iter().map(|t| (t.z, '!')).collect();
         if let Some((text, [low, high])) = quantiles(pairs, &alarms, CELLS) {

@@ -117,7 +117,7 @@ mod tests {
         let pairs = [(0.05, -1.0), (0.25, -0.5), (0.5, 0.0), (0.75, 0.5), (0.95, 1.0)];
         let (text, range) = quantiles(&pairs, &[(3.0, '!')], 16).unwrap();
         assert_eq!(range, [-1.0, 3.0]);
-        assert_eq!(text, "──██┃██─       !".to_string());
+        assert_eq!(text, "──██┃██──      !");
         assert!(quantiles(&[], &[], 8).is_none());
     }
 }

@@ -130,6 +130,10 @@ impl<'a> Job<'a> {
         let probe = Probe::new(directions.clone(), options.layer)?;
         let array = Array::open(&options.activations, options.tensor.as_deref())?;
         let layout = layout(&array, &directions, options.layer)?;
+        if !options.raw && directions.layer(options.layer)?.calibration.is_none() {
+            let what = "a score in aligned standard deviations (that is, without --raw)";
+            return Err(Error::NotCalibrated { layer: options.layer, what });
+        }
         let judge = match options.rate {
             None => Judge::None,
             Some(rate) if options.sequence => {
@@ -277,7 +281,7 @@ fn layout(array: &Array, directions: &Directions, layer: u32) -> Result<Layout> 
 
 /// The threshold on the first token of a sequence; there every statistic is the score itself.
 fn first_token(directions: &Directions, layer: u32, rate: f64) -> Result<Threshold> {
-    let thresholds = &directions.layer(layer)?.calibration.thresholds;
+    let thresholds = directions.layer(layer)?.calibration.map_or(&[][..], |c| &c.thresholds);
     let first: Vec<&Threshold> = thresholds.iter().filter(|t| t.horizon == 1).collect();
     if let Some(found) = first.iter().find(|t| (t.rate - rate).abs() <= 1e-9 * rate) {
         return Ok(**found);
