@@ -1119,7 +1119,7 @@ emaudit_status emaudit_probe_get_info(const struct emaudit_probe *probe,
  * When a row holds a NaN or an infinity its score is NaN and its status `EMAUDIT_ROW_NON_FINITE`; all other
  * rows are scored, and the call returns NON_FINITE. On every other failure nothing is written.
  *
- * Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NON_FINITE. Threads: any. On success it neither allocates nor
+ * Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NOT_CALIBRATED, NON_FINITE. Threads: any. On success it neither allocates nor
  * locks nor blocks.
  *
  * # Safety
@@ -1156,7 +1156,7 @@ emaudit_status emaudit_probe_error_bound(const struct emaudit_probe *probe,
  * before it. A direction whose causal evidence is not specific does no more than a random one of its size:
  * it is refused unless `allow_nonspecific` is 1.
  *
- * Errors: INVALID_ARGUMENT, NOT_SPECIFIC. Threads: any. Allocates.
+ * Errors: INVALID_ARGUMENT, NOT_SPECIFIC, NOT_CALIBRATED (a gate or a clamp). Threads: any. Allocates.
  *
  * # Safety
  * `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `steering` is valid
@@ -1209,7 +1209,7 @@ emaudit_status emaudit_steering_apply(const struct emaudit_steering *steering,
  * that holds a NaN or an infinity scores NaN; one that only its edit would break keeps its score and is
  * flagged. The rest as `emaudit_steering_apply`.
  *
- * Errors and threads: as `emaudit_steering_apply`.
+ * Errors and threads: as `emaudit_steering_apply`, and NOT_CALIBRATED for calibrated scores.
  *
  * # Safety
  * As `emaudit_steering_apply`; `scores` is valid for writing `rows->rows` elements.

@@ -6,6 +6,7 @@
 mod forge;
 
 mod bench;
+mod convert;
 mod diff;
 mod inspect;
 mod score;
@@ -108,11 +109,13 @@ fn npy_f32(shape: &[usize], values: &[f32]) -> Vec<u8> {
 
 #[test]
 fn help_teaches_by_example_and_names_the_exit_status() {
-    for action in ["score", "diff", "bench", "inspect"] {
-        let output = emaudit(&[action, "--help"]);
+    let actions: [&[&str]; 6] =
+        [&["score"], &["diff"], &["bench"], &["inspect"], &["convert", "import"], &["convert", "export"]];
+    for action in actions {
+        let output = emaudit(&[action, &["--help"]].concat());
         assert!(output.status.success());
         let page = text(&output.stdout);
-        assert!(page.contains("Examples:\n  emaudit "), "{action}");
-        assert!(page.contains("Exit status"), "{action}");
+        assert!(page.contains("Examples:\n  emaudit "), "{action:?}");
+        assert!(page.contains("Exit status"), "{action:?}");
     }
 }

@@ -2,6 +2,7 @@
 
 mod arrays;
 mod bench;
+mod convert;
 mod diff;
 mod inspect;
 mod output;
@@ -27,6 +28,7 @@ enum Command {
     Score(score::Score),
     Diff(diff::Diff),
     Bench(bench::Bench),
+    Convert(convert::Convert),
 }
 
 const HELP: &str = "\
@@ -39,6 +41,8 @@ Examples:
       saved activations to scores, clean or flagged
   emaudit diff old.directions.safetensors new.directions.safetensors
       what changed, layer by layer
+  emaudit convert export model.directions.safetensors --layers 29 --to away.gguf
+      a control vector for llama.cpp; import brings vectors of other tools in
   emaudit bench model.directions.safetensors
       how fast that is here
 
@@ -57,5 +61,6 @@ fn main() -> ExitCode {
         Command::Score(score) => score.run(),
         Command::Diff(diff) => diff.run(),
         Command::Bench(bench) => bench.run(),
+        Command::Convert(convert) => convert.run(),
     }
 }

@@ -112,6 +112,15 @@ impl Array {
         self.left -= elements;
         Ok(self.kind.decode(&bytes))
     }
+
+    /// All numbers that are left, widened to f32, which is exact.
+    pub fn read_f32(&mut self) -> Result<Vec<f32>> {
+        Ok(match self.read(self.left)? {
+            Values::F32(values) => values,
+            Values::F16(values) => values.into_iter().map(f16::to_f32).collect(),
+            Values::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+        })
+    }
 }
 
 impl Kind {

@@ -104,8 +104,9 @@ mod tests {
 
     #[test]
     fn headers_as_numpy_writes_them() {
-        let found = read(1, "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }      \n").unwrap();
-        assert_eq!((found.shape, found.begin, found.len), (vec![3, 5], 75, 60));
+        let text = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 5), }      \n";
+        let found = read(1, text).unwrap();
+        assert_eq!((found.shape, found.begin, found.len), (vec![3, 5], 10 + text.len() as u64, 60));
         let found = read(2, "{'descr': '>f2', 'fortran_order': True, 'shape': (7,), }\n").unwrap();
         assert_eq!((found.shape, found.len, found.kind.big_endian), (vec![7], 14, true));
         assert_eq!(read(3, "{'descr': '<f2', 'fortran_order': False, 'shape': (), }").unwrap().len, 2);
