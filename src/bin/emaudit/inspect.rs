@@ -135,7 +135,8 @@ impl Page {
 
     /// `  name        value`.
     fn entry(&mut self, name: &str, value: impl std::fmt::Display) -> Result<(), Error> {
-        writeln!(self.text, "  {}{value}", self.paint.dim(&format!("{name:<12}")))
+        let name = if name.is_empty() { " ".repeat(12) } else { self.paint.dim(&format!("{name:<12}")) };
+        writeln!(self.text, "  {name}{value}")
     }
 
     fn identity(&mut self, directions: &Directions) -> Result<(), Error> {

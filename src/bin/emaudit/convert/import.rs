@@ -130,6 +130,7 @@ impl Import {
         let mut notes = Vec::new();
         let mut vectors =
             if start == gguf::MAGIC { self.control_vectors(&model, &mut notes)? } else { self.array_rows()? };
+        self.check_width(&vectors, &model)?;
         if self.negate {
             vectors.values_mut().flatten().for_each(|x| *x = -*x);
         }
@@ -188,7 +189,7 @@ impl Import {
         let available: Vec<u32> = all.keys().copied().collect();
         let mut vectors = Vectors::new();
         for layer in chosen(self.layers.as_ref(), &available)? {
-            vectors.insert(layer, self.checked(file.vector(all[&layer])?, model)?);
+            vectors.insert(layer, file.vector(all[&layer])?);
         }
         if vectors.is_empty() {
             return Err(file.refuse("it has no tensors direction.N"));
@@ -241,22 +242,18 @@ impl Import {
         Ok(layers.iter().copied().zip(all.chunks_exact(width.max(1)).map(<[f32]>::to_vec)).collect())
     }
 
-    fn checked(&self, vector: Vec<f32>, model: &ModelIdentity) -> Result<Vec<f32>> {
+    fn check_width(&self, vectors: &Vectors, model: &ModelIdentity) -> Result<()> {
         let expected = model.hidden_size as usize;
-        if vector.len() == expected {
-            return Ok(vector);
+        match vectors.values().map(Vec::len).find(|found| *found != expected) {
+            None => Ok(()),
+            Some(found) => Err(Error::InvalidArgument(format!(
+                "{}: its vectors have {found} elements, the residual stream of the model {expected}",
+                self.source.display()
+            ))),
         }
-        Err(Error::InvalidArgument(format!(
-            "{}: its vectors have {} elements, the residual stream of the model {expected}",
-            self.source.display(),
-            vector.len()
-        )))
     }
 
     fn manifest(&self, model: &ModelIdentity, vectors: &Vectors) -> Result<Manifest> {
-        for vector in vectors.values() {
-            self.checked(vector.clone(), model)?;
-        }
         let source = identity::sha256(&self.source)?;
         let name = self.source.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         Ok(Manifest {
