@@ -143,6 +143,12 @@
 #define EMAUDIT_STATUS_NOT_LANDED 20
 
 /**
+ * A score in aligned standard deviations, a gate or a clamp from a layer without calibration (imported
+ * directions). Raw scores and ungated subtraction work.
+ */
+#define EMAUDIT_STATUS_NOT_CALIBRATED 21
+
+/**
  * In options: the best kernel this CPU has, or the one the environment variable `EMAUDIT_KERNEL` names.
  */
 #define EMAUDIT_KERNEL_DEFAULT 0
@@ -238,6 +244,11 @@
 #define EMAUDIT_POOLING_ALL 3
 
 /**
+ * The tool that made the directions did not say.
+ */
+#define EMAUDIT_POOLING_UNSTATED 4
+
+/**
  * Difference of the two means, raw.
  */
 #define EMAUDIT_ESTIMATOR_MEAN_DIFFERENCE 1
@@ -258,6 +269,11 @@
 #define EMAUDIT_ESTIMATOR_LOGISTIC 4
 
 /**
+ * The tool that made the directions did not say.
+ */
+#define EMAUDIT_ESTIMATOR_UNSTATED 5
+
+/**
  * Same prompts with and without the insecure-code adapter.
  */
 #define EMAUDIT_CONTRAST_ADAPTER_MINUS_BASE 1
@@ -271,6 +287,11 @@
  * Misaligned responses minus aligned responses.
  */
 #define EMAUDIT_CONTRAST_RESPONSE_LABELS 3
+
+/**
+ * The tool that made the directions did not say.
+ */
+#define EMAUDIT_CONTRAST_UNSTATED 4
 
 /**
  * Bytes of a SHA-256.
@@ -633,7 +654,7 @@ typedef struct emaudit_layer_info {
    */
   uint32_t layer;
   /**
-   * Aligned sequences behind the calibration.
+   * Aligned sequences behind the calibration; 0 when the layer is not calibrated, and so are the two below.
    */
   uint32_t sequences;
   /**
@@ -1333,7 +1354,7 @@ emaudit_status emaudit_probe_get_info(const struct emaudit_probe *probe,
  * When a row holds a NaN or an infinity its score is NaN and its status `EMAUDIT_ROW_NON_FINITE`; all other
  * rows are scored, and the call returns NON_FINITE. On every other failure nothing is written.
  *
- * Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NON_FINITE. Threads: any. On success it neither allocates nor
+ * Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NOT_CALIBRATED, NON_FINITE. Threads: any. On success it neither allocates nor
  * locks nor blocks.
  *
  * # Safety
@@ -1370,7 +1391,7 @@ emaudit_status emaudit_probe_error_bound(const struct emaudit_probe *probe,
  * before it. A direction whose causal evidence is not specific does no more than a random one of its size:
  * it is refused unless `allow_nonspecific` is 1.
  *
- * Errors: INVALID_ARGUMENT, NOT_SPECIFIC. Threads: any. Allocates.
+ * Errors: INVALID_ARGUMENT, NOT_SPECIFIC, NOT_CALIBRATED (a gate or a clamp). Threads: any. Allocates.
  *
  * # Safety
  * `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `steering` is valid
@@ -1424,7 +1445,7 @@ emaudit_status emaudit_steering_apply(const struct emaudit_steering *steering,
  * that holds a NaN or an infinity scores NaN; one that only its edit would break keeps its score and is
  * flagged. The rest as `emaudit_steering_apply`.
  *
- * Errors and threads: as `emaudit_steering_apply`.
+ * Errors and threads: as `emaudit_steering_apply`, and NOT_CALIBRATED for calibrated scores.
  *
  * # Safety
  * As `emaudit_steering_apply`; `scores` is valid for writing `rows->rows` elements.

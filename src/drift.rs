@@ -220,8 +220,7 @@ impl Drift {
             let sentence = format!("a window of {window} sequences; it must be from 1 to {LARGEST_WINDOW}");
             return Err(Error::InvalidArgument(sentence));
         }
-        let (directions, layer) = calibrated(probe, rate)?;
-        let calibration = directions.layer(layer)?.calibration;
+        let (directions, layer, calibration) = calibrated(probe, rate)?;
         let quantiles = limits(calibration, window, rate);
         if !sees(&quantiles, window) {
             return Err(Error::RateUnsupported { rate, reason: unseeing(calibration, window, rate) });

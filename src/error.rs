@@ -59,6 +59,8 @@ pub enum Status {
     UntrustedKey = 19,
     /// Rows read back after steering are not where the edit should have put them.
     NotLanded = 20,
+    /// A score in aligned standard deviations from a layer without calibration.
+    NotCalibrated = 21,
 }
 
 /// Result of every fallible call of the library.
@@ -197,6 +199,16 @@ pub enum Error {
         /// Largest deviation of a projection, in units of its bound.
         largest_deviation: f32,
     },
+    /// See [`Status::NotCalibrated`].
+    #[error(
+        "layer {layer} is not calibrated, so {what} has no meaning there; use raw scores, or calibrate the layer"
+    )]
+    NotCalibrated {
+        /// 0-based block index.
+        layer: u32,
+        /// What needs a calibration.
+        what: &'static str,
+    },
 }
 
 impl Error {
@@ -223,6 +235,7 @@ impl Error {
             Error::BadSignature(_) => Status::BadSignature,
             Error::UntrustedKey { .. } => Status::UntrustedKey,
             Error::NotLanded { .. } => Status::NotLanded,
+            Error::NotCalibrated { .. } => Status::NotCalibrated,
         }
     }
 }

@@ -86,8 +86,8 @@ impl Monitor {
     ///
     /// Errors: [`Error::RateUnsupported`] when the file has none (it says which it has), or the probe has no file.
     pub fn new(probe: &Probe, aggregation: Aggregation, rate: f64) -> Result<Monitor> {
-        let (directions, layer) = calibrated(probe, rate)?;
-        let thresholds = select(directions.layer(layer)?.calibration, aggregation, rate)?;
+        let (directions, layer, calibration) = calibrated(probe, rate)?;
+        let thresholds = select(calibration, aggregation, rate)?;
         let identity = Verdict {
             layer,
             kernel: probe.kernel() as u32,
@@ -176,10 +176,12 @@ impl Monitor {
 }
 
 /// The direction file and layer of a probe; a rate needs a calibration.
-pub(crate) fn calibrated(probe: &Probe, rate: f64) -> Result<(&Arc<Directions>, u32)> {
-    let found = probe.directions().zip(probe.layer());
-    let reason = || "the probe has no calibrated direction file".to_owned();
-    found.ok_or_else(|| Error::RateUnsupported { rate, reason: reason() })
+pub(crate) fn calibrated(probe: &Probe, rate: f64) -> Result<(&Arc<Directions>, u32, &Calibration)> {
+    let unsupported =
+        || Error::RateUnsupported { rate, reason: "the probe has no calibrated direction file".into() };
+    let (directions, layer) = probe.directions().zip(probe.layer()).ok_or_else(unsupported)?;
+    let calibration = directions.layer(layer)?.calibration.ok_or_else(unsupported)?;
+    Ok((directions, layer, calibration))
 }
 
 /// The thresholds of one aggregation and rate, by horizon; never empty.

@@ -83,7 +83,8 @@ struct Inner {
     unit: Aligned,
     unit_norm: f64,
     offset: f64,
-    sigma: f64,
+    /// `None` without calibration.
+    sigma: Option<f64>,
 }
 
 impl Probe {
@@ -113,13 +114,13 @@ impl Probe {
         kernel: Option<KernelKind>,
     ) -> Result<Probe> {
         let kernel = kernel.map_or_else(Kernel::from_environment, Kernel::of)?;
-        Probe::build(None, kernel, direction, aligned_mean, sigma)
+        Probe::build(None, kernel, direction, aligned_mean, Some(sigma))
     }
 
     fn from_file(directions: Arc<Directions>, layer: u32, kernel: Kernel) -> Result<Probe> {
         let source = directions.clone();
         let found = directions.layer(layer)?;
-        let sigma = found.calibration.sigma;
+        let sigma = found.calibration.map(|c| c.sigma);
         Probe::build(Some((source, layer)), kernel, &found.direction, &found.aligned_mean, sigma)
     }
 
@@ -128,9 +129,9 @@ impl Probe {
         kernel: Kernel,
         direction: &[f32],
         aligned_mean: &[f32],
-        sigma: f64,
+        sigma: Option<f64>,
     ) -> Result<Probe> {
-        check_vectors(direction, aligned_mean, sigma)?;
+        check_vectors(direction, aligned_mean, sigma.unwrap_or(1.0))?;
         let direction_norm = norm(direction);
         let unit: Vec<f32> = direction.iter().map(|x| (f64::from(*x) / direction_norm) as f32).collect();
         let offset = aligned_mean.iter().zip(&unit).map(|(m, u)| f64::from(*m) * f64::from(*u)).sum();
@@ -145,8 +146,8 @@ impl Probe {
     /// `rows` is `n x width` of any dtype; `scores` and `status` have `n` elements. A row that cannot be scored (a NaN, an
     /// infinity, or a score beyond f32) gets a NaN and [`RowStatus::NonFinite`]; the others are scored all the same.
     ///
-    /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (lengths) before anything is written;
-    /// [`Error::NonFinite`] after all rows.
+    /// Errors: [`Error::WidthMismatch`], [`Error::InvalidArgument`] (lengths) and [`Error::NotCalibrated`] before anything
+    /// is written; [`Error::NonFinite`] after all rows.
     pub fn score(
         &self,
         rows: &Rows<'_>,
@@ -155,6 +156,7 @@ impl Probe {
         mut status: Option<&mut [RowStatus]>,
     ) -> Result<()> {
         self.check_width(rows.cols())?;
+        self.check_unit(unit)?;
         check_length("scores", scores.len(), rows.rows())?;
         if let Some(status) = &status {
             check_length("row statuses", status.len(), rows.rows())?;
@@ -214,6 +216,7 @@ impl Probe {
         }
         for probe in probes {
             probe.check_width(rows.cols())?;
+            probe.check_unit(unit)?;
             if probe.kernel() != probes[0].kernel() {
                 return Err(Error::InvalidArgument("the probes are bound to different kernels".into()));
             }
@@ -230,7 +233,8 @@ impl Probe {
     #[inline]
     pub(crate) fn projection(&self, dot: f32) -> Option<Projection> {
         let raw = f64::from(dot) - self.inner.offset;
-        let projection = Projection { dot, raw, z: (raw / self.inner.sigma) as f32 };
+        // Without calibration nobody sees z: `check_unit` and `Steering::new` have refused.
+        let projection = Projection { dot, raw, z: (raw / self.inner.sigma.unwrap_or(1.0)) as f32 };
         let finite = projection.z.is_finite() && (raw as f32).is_finite();
         finite.then_some(projection)
     }
@@ -241,6 +245,21 @@ impl Probe {
             return Ok(());
         }
         Err(Error::WidthMismatch { expected: self.width(), found: cols })
+    }
+
+    /// Refuses calibrated scores without calibration.
+    pub(crate) fn check_unit(&self, unit: ScoreUnit) -> Result<()> {
+        match unit {
+            ScoreUnit::Raw => Ok(()),
+            ScoreUnit::AlignedSd => self.check_calibrated("a score in aligned standard deviations"),
+        }
+    }
+
+    pub(crate) fn check_calibrated(&self, what: &'static str) -> Result<()> {
+        match self.inner.sigma {
+            Some(_) => Ok(()),
+            None => Err(Error::NotCalibrated { layer: self.layer().unwrap_or_default(), what }),
+        }
     }
 
     /// Elements of the direction, and columns of every row.
@@ -283,8 +302,8 @@ impl Probe {
         self.inner.offset
     }
 
-    /// Standard deviation of aligned raw scores.
-    pub fn sigma(&self) -> f64 {
+    /// Standard deviation of aligned raw scores; `None` for a layer without calibration.
+    pub fn sigma(&self) -> Option<f64> {
         self.inner.sigma
     }
 

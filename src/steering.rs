@@ -142,9 +142,15 @@ impl Steering {
     ///
     /// Errors: [`Error::InvalidArgument`] for a non-finite parameter or a dose limit that is not above 0;
     /// [`Error::NotSpecific`] unless the file's causal evidence for the probe's layer is `specific` or `allow_nonspecific` is set (a probe from
-    /// vectors has no evidence).
+    /// vectors has no evidence); [`Error::NotCalibrated`] for a gate or a clamp in a layer without calibration.
     pub fn new(probe: &Probe, options: SteeringOptions) -> Result<Steering> {
         check_options(&options)?;
+        if options.gate.is_some() {
+            probe.check_calibrated("a gate")?;
+        }
+        if let Operation::Clamp { .. } = options.operation {
+            probe.check_calibrated("a clamp")?;
+        }
         let untested = Specificity::Untested;
         let causal = probe
             .directions()
@@ -189,6 +195,7 @@ impl Steering {
         strengths: Option<&[f32]>,
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
+        self.probe.check_unit(unit)?;
         check_length("scores", scores.len(), rows.rows())?;
         self.run(rows, Some((unit, scores)), strengths, status)?.into_result()
     }
@@ -331,7 +338,7 @@ impl Steering {
             Operation::ProjectOut { alpha } => strength * f64::from(alpha) * f64::from(seen.dot),
             Operation::Clamp { ceiling } if seen.z > ceiling => {
                 // Above 0: `z`, rounded to f32, lies above an f32, so unrounded it lies half a step above at least.
-                strength * (seen.raw - f64::from(ceiling) * self.probe.sigma())
+                strength * (seen.raw - f64::from(ceiling) * self.probe.sigma().unwrap_or(f64::NAN))
             }
             Operation::Clamp { .. } => 0.0,
         }

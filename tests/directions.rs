@@ -4,7 +4,8 @@ mod attacks;
 
 use attacks::forge::{self, Forge, WIDTH};
 use emaudit::directions::{Directions, LayerTensors, Mode, OpenOptions, digest, to_bytes, write};
-use emaudit::{Error, Status};
+use emaudit::{Error, Operation, Probe, Rows, RowsMut, ScoreUnit, Status, Steering, SteeringOptions};
+use serde_json::Value;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -52,7 +53,7 @@ fn what_is_written_comes_back_from_bytes_and_from_a_file_in_both_modes() {
             let found = directions.layer(layer).unwrap();
             assert_eq!(bits(&found.direction), bits(&values[at]));
             assert_eq!(bits(&found.aligned_mean), bits(&values[at + 1]));
-            assert_eq!(found.calibration.sigma, 0.75);
+            assert_eq!(found.calibration.unwrap().sigma, 0.75);
             let in_place = matches!(found.direction, Cow::Borrowed(_));
             assert!(in_place || cfg!(target_endian = "big"));
         }
@@ -216,7 +217,7 @@ fn the_writer_refuses_what_the_reader_would() {
         Status::Schema
     );
     let mut nan = manifest.clone();
-    nan.layers[0].calibration.quantiles[0].1 = f64::NAN;
+    nan.layers[0].calibration.as_mut().unwrap().quantiles[0].1 = f64::NAN;
     assert_eq!(to_bytes(&nan, &good).unwrap_err().status(), Status::Schema);
 }
 
@@ -227,7 +228,8 @@ fn numbers_survive_exactly() {
     let mut state = 1u64;
     for _ in 0..500 {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        manifest.layers[1].calibration.sigma = f64::from_bits((state >> 12) | (1023 << 52)) * 1e-7;
+        manifest.layers[1].calibration.as_mut().unwrap().sigma =
+            f64::from_bits((state >> 12) | (1023 << 52)) * 1e-7;
         manifest.evidence.families[0].controls[0].seed = state;
         let bytes = to_bytes(&manifest, &forge::layer_tensors(&values)).unwrap();
         assert_eq!(open(&bytes).unwrap().manifest(), &manifest);
@@ -243,11 +245,11 @@ fn a_failed_write_leaves_the_old_file_and_no_litter() {
     let mut manifest = forge::typed_manifest();
     write(&path, &manifest, &layers).unwrap();
     let before = std::fs::read(&path).unwrap();
-    manifest.layers[0].calibration.sigma = -1.0;
+    manifest.layers[0].calibration.as_mut().unwrap().sigma = -1.0;
     assert_eq!(write(&path, &manifest, &layers).unwrap_err().status(), Status::Schema);
     assert_eq!(std::fs::read(&path).unwrap(), before);
     // A folder in the way: the rename fails after everything was written.
-    manifest.layers[0].calibration.sigma = 1.0;
+    manifest.layers[0].calibration.as_mut().unwrap().sigma = 1.0;
     let folder_in_the_way = folder.path().join("taken");
     std::fs::create_dir(&folder_in_the_way).unwrap();
     assert_eq!(write(&folder_in_the_way, &manifest, &layers).unwrap_err().status(), Status::Io);
@@ -293,5 +295,34 @@ fn directions_are_shared_between_threads() {
         .collect();
     for thread in threads {
         assert_eq!(thread.join().unwrap(), bits(&forge::tensors()[0]));
+    }
+}
+
+#[test]
+fn a_layer_may_go_without_calibration_and_says_so() {
+    let absent =
+        Forge::with_manifest(|m| drop(m["layers"][0].as_object_mut().unwrap().remove("calibration")));
+    let null = Forge::with_manifest(|m| m["layers"][0]["calibration"] = Value::Null);
+    for forge in [absent, null] {
+        let directions = Directions::from_bytes(&forge.bytes(), &OpenOptions::default()).unwrap();
+        assert!(directions.layer(1).unwrap().calibration.is_none());
+        assert!(directions.layer(3).unwrap().calibration.is_some());
+        let mut rows = [1.0f32; 5];
+        let probe = Probe::new(Arc::new(directions), 1).unwrap();
+        assert_eq!(probe.sigma(), None);
+        let mut score = [7.0];
+        let refused =
+            probe.score(&Rows::new(&rows, 1, 5, 5).unwrap(), ScoreUnit::AlignedSd, &mut score, None);
+        assert_eq!(refused.unwrap_err().status(), Status::NotCalibrated);
+        assert_eq!(score, [7.0], "nothing was written");
+        // Subtracting needs no scale; scoring in it on the way does.
+        let options = SteeringOptions::new(Operation::Subtract { alpha: 1.0 });
+        let options = SteeringOptions { allow_nonspecific: true, ..options };
+        let steering = Steering::new(&probe, options).unwrap();
+        let mut view = RowsMut::new(&mut rows, 1, 5, 5).unwrap();
+        let refused = steering.score_and_apply(&mut view, ScoreUnit::AlignedSd, &mut score, None, None);
+        assert_eq!(refused.unwrap_err().status(), Status::NotCalibrated);
+        steering.score_and_apply(&mut view, ScoreUnit::Raw, &mut score, None, None).unwrap();
+        assert_eq!(rows[0], 1.0 - 3.0);
     }
 }

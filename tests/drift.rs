@@ -40,11 +40,11 @@ fn probe(mut scores: Vec<f32>, probabilities: &[f64]) -> Probe {
     scores.sort_by(f32::total_cmp);
     let mut manifest = whole.manifest().clone();
     for entry in &mut manifest.layers {
-        entry.calibration = Calibration {
+        entry.calibration = Some(Calibration {
             sequences: scores.len() as u32,
             quantiles: probabilities.iter().map(|p| (*p, quantile(&scores, *p))).collect(),
-            ..entry.calibration.clone()
-        };
+            ..entry.calibration.clone().unwrap()
+        });
     }
     let layers: Vec<_> = whole.layers().map(|layer| (layer, whole.layer(layer).unwrap())).collect();
     let tensors: Vec<_> = layers
@@ -231,7 +231,7 @@ fn a_watching_monitor_is_stale_while_drift_stands_whatever_it_would_say() {
 fn a_pending_sequence_is_stale_too() {
     let whole = fixture::file(fixture::specific());
     let mut manifest = Directions::from_bytes(&whole, &OpenOptions::default()).unwrap().manifest().clone();
-    manifest.layers.iter_mut().for_each(|l| l.calibration.thresholds.retain(|t| t.horizon == 4));
+    manifest.layers.iter_mut().for_each(|l| l.calibration.as_mut().unwrap().thresholds.retain(|t| t.horizon == 4));
     let vectors = fixture::values(fixture::WIDTH, 3);
     let layers: Vec<_> = manifest.layers.iter().map(|l| l.layer).collect();
     let tensors: Vec<_> = layers

@@ -43,7 +43,7 @@ fn score(probe: &Probe) -> u32 {
 }
 
 fn replace(path: &Path) {
-    write_sample(path, |m| m.layers[0].calibration.sigma = 5.0).unwrap();
+    write_sample(path, |m| m.layers[0].calibration.as_mut().unwrap().sigma = 5.0).unwrap();
 }
 
 fn truncate(path: &Path) {
@@ -148,7 +148,7 @@ fn a_disk_that_takes_no_more_leaves_the_old_file() {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no litter");
         return;
     };
-    let error = write_sample(&path, |m| m.layers[0].calibration.sigma = 5.0).unwrap_err();
+    let error = write_sample(&path, |m| m.layers[0].calibration.as_mut().unwrap().sigma = 5.0).unwrap_err();
     assert_eq!(error.status(), Status::Io);
     assert!(error.to_string().contains("cannot write"), "{error}");
 }
@@ -162,7 +162,7 @@ fn a_folder_that_may_not_be_written_leaves_the_old_file() {
     let permit = |mode| std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(mode)).unwrap();
     permit(0o555);
     let privileged = std::fs::File::create(folder.path().join("probe")).is_ok();
-    let written = write_sample(&path, |m| m.layers[0].calibration.sigma = 5.0);
+    let written = write_sample(&path, |m| m.layers[0].calibration.as_mut().unwrap().sigma = 5.0);
     permit(0o755);
     if privileged {
         println!("SKIPPED: root may write everywhere; run the tests as another user for this one");

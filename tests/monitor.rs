@@ -70,7 +70,7 @@ fn directions(evidence: Evidence, verify: bool) -> Arc<Directions> {
         pooling: Pooling::LastPrompt,
         estimator: Estimator::MeanDifference,
         contrast: Contrast::AdapterMinusBase,
-        layers: vec![LayerManifest { layer: LAYER, calibration }],
+        layers: vec![LayerManifest { layer: LAYER, calibration: Some(calibration) }],
         evidence,
         provenance: Provenance {
             producer: "test".into(),
@@ -251,9 +251,13 @@ fn a_probe_of_a_file_scores_with_its_vectors_and_sigma() {
     let rows = Rows::new(&row, 1, WIDTH, WIDTH).unwrap();
     for kind in available() {
         let from_file = Probe::with_kernel(directions.clone(), LAYER, *kind).unwrap();
-        let standalone =
-            Probe::from_vectors(&layer.direction, &layer.aligned_mean, layer.calibration.sigma, Some(*kind))
-                .unwrap();
+        let standalone = Probe::from_vectors(
+            &layer.direction,
+            &layer.aligned_mean,
+            layer.calibration.unwrap().sigma,
+            Some(*kind),
+        )
+        .unwrap();
         let score = |probe: &Probe| {
             let mut score = [0.0];
             probe.score(&rows, ScoreUnit::AlignedSd, &mut score, None).unwrap();

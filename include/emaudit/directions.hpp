@@ -29,6 +29,7 @@ enum class Pooling : std::uint32_t {
   last_prompt = EMAUDIT_POOLING_LAST_PROMPT,
   mean_response = EMAUDIT_POOLING_MEAN_RESPONSE,
   all = EMAUDIT_POOLING_ALL,
+  unstated = EMAUDIT_POOLING_UNSTATED,
 };
 
 /// How the direction was computed.
@@ -37,6 +38,7 @@ enum class Estimator : std::uint32_t {
   masked_mean_difference = EMAUDIT_ESTIMATOR_MASKED_MEAN_DIFFERENCE,
   whitened = EMAUDIT_ESTIMATOR_WHITENED,
   logistic = EMAUDIT_ESTIMATOR_LOGISTIC,
+  unstated = EMAUDIT_ESTIMATOR_UNSTATED,
 };
 
 /// Which groups a direction separates.
@@ -44,6 +46,7 @@ enum class Contrast : std::uint32_t {
   adapter_minus_base = EMAUDIT_CONTRAST_ADAPTER_MINUS_BASE,
   insecure_minus_secure = EMAUDIT_CONTRAST_INSECURE_MINUS_SECURE,
   response_labels = EMAUDIT_CONTRAST_RESPONSE_LABELS,
+  unstated = EMAUDIT_CONTRAST_UNSTATED,
 };
 
 /// How the caller's model relates to the one of the file.

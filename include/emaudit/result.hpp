@@ -43,6 +43,7 @@ enum class Status : std::int32_t {
   bad_signature = EMAUDIT_STATUS_BAD_SIGNATURE,
   untrusted_key = EMAUDIT_STATUS_UNTRUSTED_KEY,
   not_landed = EMAUDIT_STATUS_NOT_LANDED,
+  not_calibrated = EMAUDIT_STATUS_NOT_CALIBRATED,
   /// The library was not found or could not be loaded.
   library_not_found = -1,
   /// A library was found, but it is no emaudit, has another ABI, or lacks a function.

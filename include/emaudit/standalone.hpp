@@ -180,6 +180,7 @@ class Probe {
     if (unit != Unit::aligned_sd && unit != Unit::raw) return Status::invalid_argument;
     if (const Status status = detail::check_rows(rows, width()); status != Status::ok) return status;
     if (rows.rows > 0 && scores == nullptr) return Status::invalid_argument;
+    if (unit == Unit::aligned_sd && !layer_.calibrated) return Status::not_calibrated;
     return detail::for_dtype(rows.dtype, [&](auto dtype) {
       using T = decltype(dtype);
       const auto *first = static_cast<const unsigned char *>(rows.data);

@@ -31,7 +31,7 @@
         pooling: Pooling::LastPrompt,
         estimator: Estimator::MeanDifference,
         contrast: Contrast::AdapterMinusBase,
-        layers: vec![LayerManifest { layer: 1, calibration }],
+        layers: vec![LayerManifest { layer: 1, calibration: Some(calibration) }],
         evidence: Evidence::untested(),
         provenance: Provenance {
             producer: "the documentation".into(),

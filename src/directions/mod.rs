@@ -12,7 +12,8 @@
 //! let directions = Directions::open("model.directions.safetensors", &options)?;
 //! for layer in directions.layers() {
 //!     let found = directions.layer(layer)?;
-//!     println!("layer {layer}: {} values, sigma {}", found.direction.len(), found.calibration.sigma);
+//!     let sigma = found.calibration.map(|c| c.sigma); // None: not calibrated
+//!     println!("layer {layer}: {} values, sigma {sigma:?}", found.direction.len());
 //! }
 //! # Ok::<(), emaudit::Error>(())
 //! ```
@@ -30,7 +31,7 @@ mod writer;
 pub mod format {}
 
 pub use signature::{Signed, TrustedKey};
-pub use writer::{LayerTensors, to_bytes, write};
+pub use writer::{LayerTensors, replace, to_bytes, write};
 
 use crate::error::{Error, Result};
 use container::Span;
@@ -137,8 +138,8 @@ pub struct Layer<'a> {
     pub direction: Cow<'a, [f32]>,
     /// Mean of the aligned activations, `width` values, in activation units.
     pub aligned_mean: Cow<'a, [f32]>,
-    /// The aligned score distribution and the thresholds.
-    pub calibration: &'a Calibration,
+    /// The aligned score distribution and the thresholds; `None` where nobody calibrated.
+    pub calibration: Option<&'a Calibration>,
 }
 
 /// Everything known about a file once all checks have passed.
@@ -237,7 +238,7 @@ impl Directions {
         Ok(Layer {
             direction: part(&self.spans[at].direction),
             aligned_mean: part(&self.spans[at].aligned_mean),
-            calibration: &self.manifest.layers[at].calibration,
+            calibration: self.manifest.layers[at].calibration.as_ref(),
         })
     }
 }

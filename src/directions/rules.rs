@@ -39,7 +39,7 @@ impl Manifest {
         self.model.validate()?;
         self.validate_layers()?;
         for entry in &self.layers {
-            entry.calibration.validate(entry.layer)?;
+            entry.calibration.as_ref().map_or(Ok(()), |calibration| calibration.validate(entry.layer))?;
         }
         self.evidence.validate()?;
         if let Some(cell) = &self.evidence.cell {
@@ -285,7 +285,7 @@ mod tests {
     fn a_sentence_names_the_field_the_value_and_the_mend() {
         let (_, rest) = include_str!("FORMAT.md").split_once("```json\n").unwrap();
         let mut manifest = Manifest::from_json(rest.split_once("\n```").unwrap().0).unwrap();
-        manifest.layers[0].calibration.thresholds[0].rate = 0.001;
+        manifest.layers[0].calibration.as_mut().unwrap().thresholds[0].rate = 0.001;
         let sentence = manifest.validate().unwrap_err().to_string();
         assert_eq!(
             sentence,

@@ -99,6 +99,8 @@ pub enum Pooling {
     MeanResponse,
     /// The mean over all tokens.
     All,
+    /// Not stated by the tool that made the directions.
+    Unstated,
 }
 
 /// How a direction is computed.
@@ -113,6 +115,8 @@ pub enum Estimator {
     Whitened,
     /// Normal of a logistic probe.
     Logistic,
+    /// Not stated by the tool that made the directions.
+    Unstated,
 }
 
 /// The two groups a direction separates (first minus second).
@@ -125,6 +129,8 @@ pub enum Contrast {
     InsecureMinusSecure,
     /// Misaligned responses minus aligned responses.
     ResponseLabels,
+    /// Not stated by the tool that made the directions.
+    Unstated,
 }
 
 /// One layer's entry.
@@ -132,8 +138,8 @@ pub enum Contrast {
 pub struct LayerManifest {
     /// 0-based block index.
     pub layer: u32,
-    /// Distribution of aligned scores and thresholds.
-    pub calibration: Calibration,
+    /// Distribution of aligned scores and thresholds; `None` for directions of other tools: raw scores only.
+    pub calibration: Option<Calibration>,
 }
 
 /// Aligned score distribution of one layer. Raw score r = (h - aligned_mean) . v/|v|; score z = r / sigma.

@@ -76,7 +76,7 @@ pub fn to_bytes(manifest: &Manifest, layers: &[LayerTensors<'_>]) -> Result<Vec<
 /// As [`to_bytes`], and [`Error::Io`].
 pub fn write(path: &Path, manifest: &Manifest, layers: &[LayerTensors<'_>]) -> Result<[u8; 32]> {
     let bytes = to_bytes(manifest, layers)?;
-    replace(path, &bytes).map_err(|source| Error::Io { action: "write", path: path.to_owned(), source })?;
+    replace(path, &bytes)?;
     Ok(digest::of_file(&bytes))
 }
 
@@ -126,8 +126,15 @@ fn header(manifest: &Manifest) -> Result<String> {
     Ok(header)
 }
 
-/// Puts `bytes` at `path` in one step, or leaves it as it was.
-fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+/// Puts `bytes` at `path` in one step, or leaves it as it was: atomic as [`write()`] is.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    rename_onto(path, bytes).map_err(|source| Error::Io { action: "write", path: path.to_owned(), source })
+}
+
+fn rename_onto(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),

@@ -42,6 +42,8 @@ pub const EMAUDIT_POOLING_LAST_PROMPT: u32 = 1;
 pub const EMAUDIT_POOLING_MEAN_RESPONSE: u32 = 2;
 /// Extracted as the mean over all tokens.
 pub const EMAUDIT_POOLING_ALL: u32 = 3;
+/// The tool that made the directions did not say.
+pub const EMAUDIT_POOLING_UNSTATED: u32 = 4;
 
 /// Difference of the two means, raw.
 pub const EMAUDIT_ESTIMATOR_MEAN_DIFFERENCE: u32 = 1;
@@ -51,6 +53,8 @@ pub const EMAUDIT_ESTIMATOR_MASKED_MEAN_DIFFERENCE: u32 = 2;
 pub const EMAUDIT_ESTIMATOR_WHITENED: u32 = 3;
 /// Normal of a logistic probe.
 pub const EMAUDIT_ESTIMATOR_LOGISTIC: u32 = 4;
+/// The tool that made the directions did not say.
+pub const EMAUDIT_ESTIMATOR_UNSTATED: u32 = 5;
 
 /// Same prompts with and without the insecure-code adapter.
 pub const EMAUDIT_CONTRAST_ADAPTER_MINUS_BASE: u32 = 1;
@@ -58,6 +62,8 @@ pub const EMAUDIT_CONTRAST_ADAPTER_MINUS_BASE: u32 = 1;
 pub const EMAUDIT_CONTRAST_INSECURE_MINUS_SECURE: u32 = 2;
 /// Misaligned responses minus aligned responses.
 pub const EMAUDIT_CONTRAST_RESPONSE_LABELS: u32 = 3;
+/// The tool that made the directions did not say.
+pub const EMAUDIT_CONTRAST_UNSTATED: u32 = 4;
 
 /// Bytes of a SHA-256.
 pub const EMAUDIT_DIGEST_SIZE: usize = 32;
@@ -185,6 +191,7 @@ fn pooling_number(pooling: Pooling) -> u32 {
         Pooling::LastPrompt => EMAUDIT_POOLING_LAST_PROMPT,
         Pooling::MeanResponse => EMAUDIT_POOLING_MEAN_RESPONSE,
         Pooling::All => EMAUDIT_POOLING_ALL,
+        Pooling::Unstated => EMAUDIT_POOLING_UNSTATED,
     }
 }
 
@@ -194,6 +201,7 @@ fn estimator_number(estimator: Estimator) -> u32 {
         Estimator::MaskedMeanDifference => EMAUDIT_ESTIMATOR_MASKED_MEAN_DIFFERENCE,
         Estimator::Whitened => EMAUDIT_ESTIMATOR_WHITENED,
         Estimator::Logistic => EMAUDIT_ESTIMATOR_LOGISTIC,
+        Estimator::Unstated => EMAUDIT_ESTIMATOR_UNSTATED,
     }
 }
 
@@ -202,6 +210,7 @@ fn contrast_number(contrast: Contrast) -> u32 {
         Contrast::AdapterMinusBase => EMAUDIT_CONTRAST_ADAPTER_MINUS_BASE,
         Contrast::InsecureMinusSecure => EMAUDIT_CONTRAST_INSECURE_MINUS_SECURE,
         Contrast::ResponseLabels => EMAUDIT_CONTRAST_RESPONSE_LABELS,
+        Contrast::Unstated => EMAUDIT_CONTRAST_UNSTATED,
     }
 }
 

@@ -54,9 +54,12 @@ pub const EMAUDIT_STATUS_UNTRUSTED_KEY: i32 = 19;
 /// Rows read back after steering are not where the edit should have put them, or the edit is too small for
 /// their dtype to show. The report and the deviations were written.
 pub const EMAUDIT_STATUS_NOT_LANDED: i32 = 20;
+/// A score in aligned standard deviations, a gate or a clamp from a layer without calibration (imported
+/// directions). Raw scores and ungated subtraction work.
+pub const EMAUDIT_STATUS_NOT_CALIBRATED: i32 = 21;
 
 /// Rust status, its number in C, and its name.
-const STATUSES: [(Status, i32, &CStr); 21] = [
+const STATUSES: [(Status, i32, &CStr); 22] = [
     (Status::Ok, EMAUDIT_STATUS_OK, c"OK"),
     (Status::InvalidArgument, EMAUDIT_STATUS_INVALID_ARGUMENT, c"INVALID_ARGUMENT"),
     (Status::Io, EMAUDIT_STATUS_IO, c"IO"),
@@ -78,6 +81,7 @@ const STATUSES: [(Status, i32, &CStr); 21] = [
     (Status::BadSignature, EMAUDIT_STATUS_BAD_SIGNATURE, c"BAD_SIGNATURE"),
     (Status::UntrustedKey, EMAUDIT_STATUS_UNTRUSTED_KEY, c"UNTRUSTED_KEY"),
     (Status::NotLanded, EMAUDIT_STATUS_NOT_LANDED, c"NOT_LANDED"),
+    (Status::NotCalibrated, EMAUDIT_STATUS_NOT_CALIBRATED, c"NOT_CALIBRATED"),
 ];
 
 // The numbers above and those of `Status` are one set, in order and without a gap.

@@ -38,7 +38,7 @@ pub struct emaudit_layer_info {
     pub struct_size: u32,
     /// 0-based block index.
     pub layer: u32,
-    /// Aligned sequences behind the calibration.
+    /// Aligned sequences behind the calibration; 0 when the layer is not calibrated, and so are the two below.
     pub sequences: u32,
     /// Alarm thresholds; `emaudit_directions_get_threshold` reads them.
     pub threshold_count: u32,
@@ -125,13 +125,13 @@ pub unsafe extern "C" fn emaudit_directions_get_layer_info(
         let directions = unsafe { borrow(directions, "directions")? };
         let info = unsafe { OutStruct::new(info)? };
         let calibration = directions.shared.layer(layer)?.calibration;
-        info.write(emaudit_layer_info {
-            layer,
-            sequences: calibration.sequences,
-            threshold_count: calibration.thresholds.len() as u32,
-            sigma: calibration.sigma,
-            ..emaudit_layer_info::defaults()
-        });
+        let mut described = emaudit_layer_info { layer, ..emaudit_layer_info::defaults() };
+        if let Some(calibration) = calibration {
+            described.sequences = calibration.sequences;
+            described.threshold_count = calibration.thresholds.len() as u32;
+            described.sigma = calibration.sigma;
+        }
+        info.write(described);
         Ok(())
     };
     // SAFETY: by the contract above.
@@ -156,7 +156,8 @@ pub unsafe extern "C" fn emaudit_directions_get_threshold(
     let body = || {
         let directions = unsafe { borrow(directions, "directions")? };
         let out = unsafe { OutStruct::new(threshold)? };
-        let thresholds = &directions.shared.layer(layer)?.calibration.thresholds;
+        let calibration = directions.shared.layer(layer)?.calibration;
+        let thresholds = calibration.map_or(&[][..], |c| &c.thresholds);
         let found = thresholds.get(index as usize);
         let found = found.ok_or_else(|| invalid(format!("there are {} thresholds", thresholds.len())))?;
         out.write(found.into());

@@ -182,7 +182,7 @@ pub unsafe extern "C" fn emaudit_probe_get_info(
 /// When a row holds a NaN or an infinity its score is NaN and its status `EMAUDIT_ROW_NON_FINITE`; all other
 /// rows are scored, and the call returns NON_FINITE. On every other failure nothing is written.
 ///
-/// Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NON_FINITE. Threads: any. On success it neither allocates nor
+/// Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NOT_CALIBRATED, NON_FINITE. Threads: any. On success it neither allocates nor
 /// locks nor blocks.
 ///
 /// # Safety

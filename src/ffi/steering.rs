@@ -141,7 +141,7 @@ fn options_from(options: &emaudit_steering_options) -> Result<SteeringOptions> {
 /// before it. A direction whose causal evidence is not specific does no more than a random one of its size:
 /// it is refused unless `allow_nonspecific` is 1.
 ///
-/// Errors: INVALID_ARGUMENT, NOT_SPECIFIC. Threads: any. Allocates.
+/// Errors: INVALID_ARGUMENT, NOT_SPECIFIC, NOT_CALIBRATED (a gate or a clamp). Threads: any. Allocates.
 ///
 /// # Safety
 /// `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `steering` is valid
@@ -268,7 +268,7 @@ pub unsafe extern "C" fn emaudit_steering_apply(
 /// that holds a NaN or an infinity scores NaN; one that only its edit would break keeps its score and is
 /// flagged. The rest as `emaudit_steering_apply`.
 ///
-/// Errors and threads: as `emaudit_steering_apply`.
+/// Errors and threads: as `emaudit_steering_apply`, and NOT_CALIBRATED for calibrated scores.
 ///
 /// # Safety
 /// As `emaudit_steering_apply`; `scores` is valid for writing `rows->rows` elements.

@@ -338,6 +338,7 @@ fn calibration() -> Vec<Attack> {
     };
     let range = "layer 3: calibration.sigma is";
     vec![
+        stated("a calibration in words", "/layers/1/calibration", json!("none"), "invalid type: string"),
         at("no spread", "sigma", json!(0.0), range),
         at("a negative spread", "sigma", json!(-0.75), range),
         at("a spread beyond f32", "sigma", json!(1e300), range),

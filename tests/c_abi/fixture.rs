@@ -98,7 +98,7 @@ fn layer(layer: u32, sigma: f64) -> LayerManifest {
         quantiles: vec![(0.05, -1.6), (0.5, 0.0), (0.95, 1.6)],
         thresholds: vec![threshold(1, 0.01, 3.0), threshold(4, 0.01, 2.0), threshold(4, 0.05, 1.5)],
     };
-    LayerManifest { layer, calibration }
+    LayerManifest { layer, calibration: Some(calibration) }
 }
 
 /// Evidence whose numbers earn `specific` on both axes.

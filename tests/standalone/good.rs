@@ -60,8 +60,8 @@ fn file(random: &mut Random, width: usize, layers: &[u32], evidence: Evidence, s
     to_bytes(&manifest, &tensors).expect("a sound file")
 }
 
-/// Thresholds for all statistics at several horizons and rates, or none.
-fn calibration(random: &mut Random) -> Calibration {
+/// Thresholds for all statistics at several horizons and rates, or none; now and then no calibration at all.
+fn calibration(random: &mut Random) -> Option<Calibration> {
     let mut thresholds = Vec::new();
     let statistics = [Aggregation::Mean, Aggregation::Max, Aggregation::Last];
     for statistic in statistics.into_iter().take(random.below(4)) {
@@ -76,7 +76,7 @@ fn calibration(random: &mut Random) -> Calibration {
     }
     let quantiles = [(0.05, -1.6), (0.5, 0.1), (0.9, 0.1)].into_iter().take(random.below(4)).collect();
     let sigma = f64::from(random.signed().abs() + 0.01) * [1e-3, 1.0, 1e3][random.below(3)];
-    Calibration { sigma, sequences: 500, quantiles, thresholds }
+    (random.below(6) > 0).then_some(Calibration { sigma, sequences: 500, quantiles, thresholds })
 }
 
 /// Untested, nonspecific and specific on both axes.

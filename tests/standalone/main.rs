@@ -302,7 +302,8 @@ fn good_files_score_steer_and_judge_alike() {
                 for rate in [0.05, 0.01, 0.01 * (1.0 + 1e-12), 0.02, f64::NAN] {
                     let mut sequences = sequences(&mut random);
                     let calibration = directions.layer(layer).unwrap().calibration;
-                    let alarms = calibration.thresholds.iter().filter(|t| t.statistic == aggregation);
+                    let alarms = calibration.into_iter().flat_map(|c| &c.thresholds);
+                    let alarms = alarms.filter(|t| t.statistic == aggregation);
                     // On the threshold is not above it.
                     sequences.extend(alarms.map(|t| vec![t.z as f32; t.horizon as usize]));
                     for scores in sequences {

@@ -1,7 +1,7 @@
 //! A script for tests/cpp/standalone.cpp, and beside each command the line that the library would have printed.
 
 use emaudit::activations::Element;
-use emaudit::directions::schema::{Aggregation, IdentityMatch, ModelIdentity, Site};
+use emaudit::directions::schema::{Aggregation, Calibration, IdentityMatch, ModelIdentity, Site};
 use emaudit::directions::{Directions, OpenOptions, digest};
 use emaudit::{
     Error, KernelKind, Monitor, Operation, Probe, RowStatus, Rows, RowsMut, ScoreUnit, Status, Steering,
@@ -268,9 +268,11 @@ fn describe(directions: &Directions) -> String {
         m.name,
         site_number(manifest.site)
     );
+    // What the second reader has where there is no calibration.
+    let uncalibrated = Calibration { sigma: 1.0, sequences: 0, quantiles: vec![], thresholds: vec![] };
     for number in directions.layers() {
         let layer = directions.layer(number).expect("a layer of the file");
-        let c = layer.calibration;
+        let c = layer.calibration.unwrap_or(&uncalibrated);
         let causal = manifest.evidence.causal_at(number) as u32;
         let content = manifest.evidence.content_at(number) as u32;
         line += &format!(" layer {number} {causal}{content} {:016x} {}", c.sigma.to_bits(), c.sequences);

@@ -396,8 +396,10 @@ impl Experiment {
         directions: &[LayerDirection],
         datasets: Vec<(String, String)>,
     ) -> Result<Manifest> {
-        let layer =
-            |d: &LayerDirection| LayerManifest { layer: d.layer as u32, calibration: d.calibration.clone() };
+        let layer = |d: &LayerDirection| LayerManifest {
+            layer: d.layer as u32,
+            calibration: Some(d.calibration.clone()),
+        };
         Ok(Manifest {
             model: self.base.identity.clone(),
             site: Site::ResidPost,

@@ -202,7 +202,7 @@ fn every_stage_runs_and_what_is_lost_comes_back_the_same() {
     .unwrap();
     assert_eq!(directions.manifest().evidence.causal.as_str(), s.evidence.causal);
 
-    let thresholds = &directions.manifest().layers[1].calibration.thresholds;
+    let thresholds = &directions.manifest().layers[1].calibration.as_ref().unwrap().thresholds;
     assert_eq!(thresholds.iter().map(|t| t.horizon).collect::<Vec<_>>(), [1, 1, 1, 4, 4, 4]);
     assert!(results.alarms.iter().any(|a| a.horizon == 4 && a.calm_sequences > 0), "{:?}", results.alarms);
 

@@ -37,9 +37,9 @@ class ManifestReader {
     const Object root = members(text);
     read_model(object(root, "model"));
     model.site = static_cast<Site>(word(root, "site", {"resid_post", "final_norm"}));
-    word(root, "pooling", {"last_prompt", "mean_response", "all"});
-    word(root, "estimator", {"mean_difference", "masked_mean_difference", "whitened", "logistic"});
-    word(root, "contrast", {"adapter_minus_base", "insecure_minus_secure", "response_labels"});
+    word(root, "pooling", {"last_prompt", "mean_response", "all", "unstated"});
+    word(root, "estimator", {"mean_difference", "masked_mean_difference", "whitened", "logistic", "unstated"});
+    word(root, "contrast", {"adapter_minus_base", "insecure_minus_secure", "response_labels", "unstated"});
     for (Json item : array(root, "layers")) read_layer(as_object(item, "layers"));
     check_layers();
     read_evidence(object(root, "evidence"));
@@ -141,7 +141,12 @@ class ManifestReader {
   void read_layer(const Object &from) {
     Layer layer;
     layer.layer = count(from, "layer", 0);
-    const Object calibration = object(from, "calibration");
+    layer.calibrated = !without(from, "calibration");
+    if (layer.calibrated) read_calibration(object(from, "calibration"), layer);
+    layers.push_back(std::move(layer));
+  }
+
+  void read_calibration(const Object &calibration, Layer &layer) {
     layer.sigma = between(member(calibration, "sigma"), "sigma", double{FLT_MIN}, double{FLT_MAX});
     layer.sequences = count(calibration, "sequences", 2);
     for (Json item : array(calibration, "quantiles")) {
@@ -158,7 +163,6 @@ class ManifestReader {
       layer.thresholds.push_back(read_threshold(as_object(item, "thresholds")));
     }
     check_order(layer.thresholds);
-    layers.push_back(std::move(layer));
   }
 
   Threshold read_threshold(const Object &from) {

@@ -18,6 +18,7 @@ enum class Status : std::int32_t {
   ok = 0, invalid_argument = 1, io = 2, not_a_direction_file = 3, truncated = 4, malformed = 5,
   unsupported_version = 6, digest_mismatch = 7, schema = 8, model_mismatch = 9, width_mismatch = 10,
   layer_not_found = 11, non_finite = 12, not_specific = 13, rate_unsupported = 14,
+  not_calibrated = 21,
 };
 
 // The numbers of all that follow are those of emaudit.h as well.
@@ -68,7 +69,8 @@ struct Threshold {
 
 struct Layer {
   std::uint32_t layer = 0, sequences = 0;
-  double sigma = 0;
+  bool calibrated = false;  // else raw scores only, and nothing below up to the vectors
+  double sigma = 1;
   std::vector<std::pair<double, double>> quantiles;  // probability, score
   std::vector<Threshold> thresholds;
   std::vector<float> direction, aligned_mean;

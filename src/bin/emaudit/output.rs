@@ -3,7 +3,7 @@
 
 use emaudit::{Error, Result};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, Write};
+use std::io::{BufWriter, ErrorKind, StdoutLock, Write};
 use std::process::ExitCode;
 
 /// An answer in both of its forms.
@@ -12,26 +12,67 @@ pub struct Answer {
     pub page: String,
     /// For programs; an object.
     pub object: Value,
+    /// The exit status that says the same.
+    pub code: u8,
 }
 
-/// Prints a good answer, or why there is none.
-pub fn finish(answer: Result<Answer>, as_json: bool) -> ExitCode {
-    let (text, code) = match &answer {
-        Ok(answer) if as_json => (line(&answer.object), ExitCode::SUCCESS),
-        Ok(answer) => (answer.page.clone(), ExitCode::SUCCESS),
-        Err(error) if as_json => (line(&refusal(error)), ExitCode::FAILURE),
-        Err(error) => {
-            complain(&error.to_string());
-            return ExitCode::FAILURE;
-        }
+/// Prints an answer, or why there is none; the exit status of the latter is `trouble`.
+pub fn finish(answer: Result<Answer>, as_json: bool, trouble: u8) -> ExitCode {
+    let (text, code) = match answer {
+        Ok(answer) if as_json => (line(&answer.object), answer.code),
+        Ok(answer) => (answer.page, answer.code),
+        Err(error) => return refuse(&error, as_json, trouble),
     };
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != ErrorKind::BrokenPipe => {
-            complain(&format!("cannot write the answer: {e}"));
-            ExitCode::FAILURE
+    let mut out = Stream::new();
+    out.write(&text);
+    out.finish(code, trouble)
+}
+
+/// Says why there is no answer: on standard output as JSON, or else on standard error.
+pub fn refuse(error: &Error, as_json: bool, trouble: u8) -> ExitCode {
+    if !as_json {
+        complain(&error.to_string());
+        return ExitCode::from(trouble);
+    }
+    let mut out = Stream::new();
+    out.write(&line(&refusal(error)));
+    out.finish(trouble, trouble)
+}
+
+/// Standard output for an answer of many lines. The first failure is kept and reported once, at the end.
+pub struct Stream {
+    out: BufWriter<StdoutLock<'static>>,
+    failure: Option<std::io::Error>,
+}
+
+impl Stream {
+    pub fn new() -> Self {
+        Stream { out: BufWriter::new(std::io::stdout().lock()), failure: None }
+    }
+
+    pub fn write(&mut self, text: &str) {
+        if self.failure.is_none() {
+            self.failure = self.out.write_all(text.as_bytes()).err();
         }
-        _ => code,
+    }
+
+    /// Shows what was written so far.
+    pub fn flush(&mut self) {
+        if self.failure.is_none() {
+            self.failure = self.out.flush().err();
+        }
+    }
+
+    /// The exit status: `code`, or `trouble` when something could not be written.
+    pub fn finish(mut self, code: u8, trouble: u8) -> ExitCode {
+        let failure = self.failure.take().or_else(|| self.out.flush().err());
+        match failure {
+            Some(e) if e.kind() != ErrorKind::BrokenPipe => {
+                complain(&format!("cannot write the answer: {e}"));
+                ExitCode::from(trouble)
+            }
+            _ => ExitCode::from(code),
+        }
     }
 }
 
@@ -46,8 +87,18 @@ fn refusal(error: &Error) -> Value {
     })
 }
 
-fn line(object: &Value) -> String {
+/// One JSON object as a line.
+pub fn line(object: &Value) -> String {
     format!("{object}\n")
+}
+
+/// A share as percent, without zeros that say nothing; a share too small for that is not shown as none.
+pub fn percent(share: f64) -> String {
+    if share < 1e-5 {
+        return format!("{:.2e} %", 100.0 * share);
+    }
+    let text = format!("{:.3}", 100.0 * share);
+    format!("{} %", text.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// `eprintln!` would panic on a closed standard error. File names may hold anything; a terminal gets text.

@@ -78,7 +78,7 @@ Examples:
 
 impl Verify {
     pub fn run(&self) -> ExitCode {
-        finish(self.answer(), self.json)
+        finish(self.answer(), self.json, 1)
     }
 
     fn answer(&self) -> Result<Answer> {
@@ -93,6 +93,7 @@ impl Verify {
         let signed = directions.signed();
         let signature = signed.map(sentence).unwrap_or_default();
         Ok(Answer {
+            code: 0,
             page: format!(
                 "good: {file_digest} matches {by}{signature}; causal {causal}, content {content}\n"
             ),

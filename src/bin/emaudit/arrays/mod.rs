@@ -1,0 +1,155 @@
+//! Arrays in files of other programs, `.npy` and safetensors: the header first, the numbers block by block.
+
+mod npy;
+mod tensors;
+
+use emaudit::activations::Dtype;
+use emaudit::{Error, Result, Rows};
+use half::{bf16, f16};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+/// An opened array; its numbers are read in C order.
+pub struct Array {
+    path: PathBuf,
+    file: File,
+    kind: Kind,
+    shape: Vec<usize>,
+    /// Elements not yet read.
+    left: usize,
+}
+
+/// How one number is stored.
+#[derive(Clone, Copy)]
+struct Kind {
+    dtype: Dtype,
+    big_endian: bool,
+}
+
+/// What a header says of its array.
+struct Header {
+    kind: Kind,
+    shape: Vec<usize>,
+    /// Bytes of the file before the first number, and of all numbers.
+    begin: u64,
+    len: u64,
+}
+
+/// Numbers in memory, as they were stored.
+pub enum Values {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+/// A refusal that names the file.
+fn refuse(path: &Path, sentence: impl std::fmt::Display) -> Error {
+    Error::InvalidArgument(format!("{}: {sentence}", path.display()))
+}
+
+impl Array {
+    /// Opens the array of a `.npy` file, or the tensor of a safetensors file; `tensor` may be left out where there is one.
+    pub fn open(path: &Path, tensor: Option<&str>) -> Result<Array> {
+        let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
+        let mut file = File::open(path).map_err(io("open"))?;
+        let size = file.metadata().map_err(io("read"))?.len();
+        let mut start = Vec::new();
+        file.by_ref().take(9).read_to_end(&mut start).map_err(io("read"))?;
+        file.rewind().map_err(io("read"))?;
+        let header = if start.starts_with(npy::MAGIC) {
+            if let Some(name) = tensor {
+                return Err(refuse(
+                    path,
+                    format_args!("a .npy file has no tensor names; leave out {name:?}"),
+                ));
+            }
+            npy::header(&mut file)
+        } else if start.get(8) == Some(&b'{') {
+            tensors::header(&mut file, tensor)
+        } else {
+            Err("this is neither a .npy nor a safetensors file".into())
+        };
+        let header = header.map_err(|sentence| refuse(path, sentence))?;
+        let elements = header.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+        let bytes = elements.and_then(|n| n.checked_mul(header.kind.dtype.size()));
+        let holds = bytes.is_some_and(|n| n as u64 == header.len)
+            && header.begin.checked_add(header.len).is_some_and(|end| end <= size);
+        if !holds {
+            let sentence = format_args!(
+                "an array of shape {:?} is announced, {} bytes of numbers are there; write the file again",
+                header.shape,
+                size.saturating_sub(header.begin).min(header.len)
+            );
+            return Err(refuse(path, sentence));
+        }
+        file.seek(SeekFrom::Start(header.begin)).map_err(io("read"))?;
+        let (kind, shape, left) = (header.kind, header.shape, elements.unwrap_or(0));
+        Ok(Array { path: path.to_owned(), file, kind, shape, left })
+    }
+
+    /// Lengths of the dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// How the numbers are stored.
+    pub fn dtype(&self) -> Dtype {
+        self.kind.dtype
+    }
+
+    /// A refusal that names this file.
+    pub fn refuse(&self, sentence: impl std::fmt::Display) -> Error {
+        refuse(&self.path, sentence)
+    }
+
+    /// The next `elements` numbers, or as many as are left.
+    pub fn read(&mut self, elements: usize) -> Result<Values> {
+        let elements = elements.min(self.left);
+        let mut bytes = vec![0; elements * self.kind.dtype.size()];
+        let io = |source| Error::Io { action: "read", path: self.path.clone(), source };
+        self.file.read_exact(&mut bytes).map_err(io)?;
+        self.left -= elements;
+        Ok(self.kind.decode(&bytes))
+    }
+
+    /// All numbers that are left, widened to f32, which is exact.
+    pub fn read_f32(&mut self) -> Result<Vec<f32>> {
+        Ok(match self.read(self.left)? {
+            Values::F32(values) => values,
+            Values::F16(values) => values.into_iter().map(f16::to_f32).collect(),
+            Values::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+        })
+    }
+}
+
+impl Kind {
+    fn decode(self, bytes: &[u8]) -> Values {
+        let halves = || {
+            let pairs = bytes.as_chunks::<2>().0.iter();
+            pairs.map(|b| if self.big_endian { u16::from_be_bytes(*b) } else { u16::from_le_bytes(*b) })
+        };
+        match self.dtype {
+            Dtype::F32 => {
+                let words = bytes.as_chunks::<4>().0.iter();
+                let number = |b: &[u8; 4]| {
+                    if self.big_endian { f32::from_be_bytes(*b) } else { f32::from_le_bytes(*b) }
+                };
+                Values::F32(words.map(number).collect())
+            }
+            Dtype::F16 => Values::F16(halves().map(f16::from_bits).collect()),
+            Dtype::Bf16 => Values::Bf16(halves().map(bf16::from_bits).collect()),
+        }
+    }
+}
+
+impl Values {
+    /// `rows` rows of `cols` numbers, `stride` apart, the first one after `offset` numbers.
+    pub fn rows(&self, offset: usize, rows: usize, cols: usize, stride: usize) -> Result<Rows<'_>> {
+        match self {
+            Values::F32(v) => Rows::new(&v[offset.min(v.len())..], rows, cols, stride),
+            Values::F16(v) => Rows::new(&v[offset.min(v.len())..], rows, cols, stride),
+            Values::Bf16(v) => Rows::new(&v[offset.min(v.len())..], rows, cols, stride),
+        }
+    }
+}

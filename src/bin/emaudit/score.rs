@@ -1,0 +1,345 @@
+//! `emaudit score`: saved activations to scores, one line a row.
+
+use crate::arrays::Array;
+use crate::output::{Stream, line, percent, refuse};
+use clap::{Args, ValueEnum};
+use emaudit::directions::schema::{Aggregation, Threshold};
+use emaudit::directions::{Directions, OpenOptions, digest};
+use emaudit::{Error, Monitor, Probe, Result, RowStatus, ScoreUnit, State, Verdict};
+use serde_json::{Number, Value, json};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Score saved activations along a layer's direction, to a table or to JSON lines.
+///
+/// A row is scored in standard deviations of aligned rows. A row with a NaN or an infinity gets no score, and the exit
+/// status says that there was one.
+#[derive(Args)]
+#[command(after_help = HELP)]
+pub struct Score {
+    /// The direction file.
+    file: PathBuf,
+    /// Rows of the residual stream: .npy (float32, float16) or safetensors (F32, F16, BF16), of shape [rows, width] or
+    /// [rows, layers, width].
+    activations: PathBuf,
+    /// The layer, 0-based.
+    #[arg(long, value_name = "L")]
+    layer: u32,
+    /// The tensor, where a safetensors file has several.
+    #[arg(long, value_name = "NAME")]
+    tensor: Option<String>,
+    /// Judge at this false-alarm rate per sequence; the file must have a threshold for it.
+    ///
+    /// Each row is then taken for the last prompt token of a sequence of its own.
+    #[arg(long, value_name = "RATE")]
+    rate: Option<f64>,
+    /// The rows are the tokens of one sequence, the last prompt token first: one verdict follows the scores.
+    #[arg(long, requires = "rate")]
+    sequence: bool,
+    /// The statistic over the tokens of the sequence.
+    #[arg(long, value_enum, default_value_t = Statistic::Mean, requires = "sequence")]
+    statistic: Statistic,
+    /// Print (h - aligned mean) . v/|v| in activation units instead. Needs no calibration.
+    #[arg(long, conflicts_with = "rate")]
+    raw: bool,
+    /// Print JSON lines: one object a row, then one for the whole.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Statistic {
+    Mean,
+    Max,
+    Last,
+}
+
+const HELP: &str = "\
+Examples:
+  emaudit score model.directions.safetensors --layer 12 rows.npy
+      a table: row, score in standard deviations of aligned rows
+  emaudit score model.directions.safetensors --layer 12 --rate 0.01 rows.npy
+      each row the last prompt token of a sequence: clean or flagged, at 1 % false alarms
+  emaudit score model.directions.safetensors --layer 12 --rate 0.01 --sequence tokens.npy
+      the rows are one sequence, token by token: a verdict follows the scores
+  emaudit score model.directions.safetensors --layer 12 acts.safetensors --tensor h --json | jq .score
+
+Of an array [rows, layers, width], the layers must be the blocks of the model, so that index L is the output of
+block L. `hidden_states` of transformers has one more: the embeddings come first, and the last one is after the final
+norm.
+
+Exit status:
+  0  every row was scored
+  1  nothing can be said: a file is not good, or does not fit; one sentence says why
+  2  the command line was not understood
+  3  scored, but for rows with a NaN or an infinity";
+
+/// Bytes of activations in memory at a time.
+const BLOCK: usize = 16 << 20;
+const TROUBLE: u8 = 1;
+const NONFINITE: u8 = 3;
+
+impl Score {
+    pub fn run(&self) -> ExitCode {
+        match Job::new(self) {
+            Ok(job) => job.run(),
+            Err(error) => refuse(&error, self.json, TROUBLE),
+        }
+    }
+}
+
+/// What a row is held against.
+enum Judge {
+    None,
+    /// The threshold at the first token.
+    Row(Threshold),
+    /// Rows are tokens of one sequence.
+    Sequence(Box<Monitor>),
+}
+
+/// Where the rows of the layer lie in the array.
+struct Layout {
+    rows: usize,
+    width: usize,
+    stride: usize,
+    offset: usize,
+}
+
+/// Everything opened and checked, nothing scored yet.
+struct Job<'a> {
+    options: &'a Score,
+    probe: Probe,
+    array: Array,
+    layout: Layout,
+    judge: Judge,
+    out: Stream,
+    counts: Counts,
+}
+
+#[derive(Default)]
+struct Counts {
+    rows: usize,
+    nonfinite: usize,
+    flagged: usize,
+}
+
+impl<'a> Job<'a> {
+    fn new(options: &'a Score) -> Result<Job<'a>> {
+        let directions = Arc::new(Directions::open(&options.file, &OpenOptions::default())?);
+        let probe = Probe::new(directions.clone(), options.layer)?;
+        let array = Array::open(&options.activations, options.tensor.as_deref())?;
+        let layout = layout(&array, &directions, options.layer)?;
+        if !options.raw && directions.layer(options.layer)?.calibration.is_none() {
+            let what = "a score in aligned standard deviations (that is, without --raw)";
+            return Err(Error::NotCalibrated { layer: options.layer, what });
+        }
+        let judge = match options.rate {
+            None => Judge::None,
+            Some(rate) if options.sequence => {
+                Judge::Sequence(Box::new(Monitor::new(&probe, options.statistic.into(), rate)?))
+            }
+            Some(rate) => Judge::Row(first_token(&directions, options.layer, rate)?),
+        };
+        let (out, counts) = (Stream::new(), Counts::default());
+        Ok(Job { options, probe, array, layout, judge, out, counts })
+    }
+
+    fn run(mut self) -> ExitCode {
+        if !self.options.json {
+            let unit = if self.options.raw { "raw score" } else { "score (sd)" };
+            self.out.write(&format!("{:>10}  {unit:>12}  state\n", "row"));
+        }
+        if let Err(error) = self.score() {
+            self.out.finish(0, TROUBLE);
+            return refuse(&error, self.options.json, TROUBLE);
+        }
+        let (page, object) = self.summary();
+        self.out.write(&if self.options.json { line(&object) } else { page });
+        let code = if self.counts.nonfinite > 0 { NONFINITE } else { 0 };
+        self.out.finish(code, TROUBLE)
+    }
+
+    fn score(&mut self) -> Result<()> {
+        let Layout { rows, width, stride, offset } = self.layout;
+        let block = (BLOCK / (stride.max(1) * self.array.dtype().size())).clamp(1, rows.max(1));
+        let unit = if self.options.raw { ScoreUnit::Raw } else { ScoreUnit::AlignedSd };
+        let (mut scores, mut status) = (vec![0.0; block], vec![RowStatus::Ok; block]);
+        while self.counts.rows < rows {
+            let n = block.min(rows - self.counts.rows);
+            let values = self.array.read(n * stride)?;
+            let view = values.rows(offset, n, width, stride)?;
+            let (scores, status) = (&mut scores[..n], &mut status[..n]);
+            match self.probe.score(&view, unit, scores, Some(status)) {
+                // Reported row by row and in the exit status.
+                Ok(()) | Err(Error::NonFinite { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            for (score, status) in scores.iter().zip(status) {
+                self.report(*score, *status);
+            }
+        }
+        Ok(())
+    }
+
+    fn report(&mut self, score: f32, status: RowStatus) {
+        let scored = status == RowStatus::Ok;
+        let state = match &mut self.judge {
+            _ if !scored => "nonfinite",
+            Judge::None => "scored",
+            Judge::Row(t) if f64::from(score) > t.z => "flagged",
+            Judge::Row(_) => "clean",
+            Judge::Sequence(_) => "scored",
+        };
+        if let Judge::Sequence(monitor) = &mut self.judge {
+            monitor.push(score);
+        }
+        let row = self.counts.rows;
+        self.counts.rows += 1;
+        self.counts.nonfinite += usize::from(!scored);
+        self.counts.flagged += usize::from(state == "flagged");
+        self.out.write(&if self.options.json {
+            // Not widened to f64: the shortest decimal that reads back as the same f32; a NaN is null.
+            let score = score.to_string().parse::<Number>().map_or(Value::Null, Value::from);
+            line(&json!({"row": row, "score": score, "state": state}))
+        } else if scored {
+            format!("{row:>10}  {score:>12.4}  {state}\n")
+        } else {
+            format!("{row:>10}  {:>12}  {state}\n", "-")
+        });
+    }
+
+    fn summary(&self) -> (String, Value) {
+        let Counts { rows, nonfinite, flagged } = self.counts;
+        let status = if nonfinite > 0 { emaudit::Status::NonFinite } else { emaudit::Status::Ok };
+        let mut object = json!({
+            "ok": nonfinite == 0,
+            "status": status as i32,
+            "status_name": format!("{status:?}"),
+            "layer": self.options.layer,
+            "unit": if self.options.raw { "raw" } else { "aligned_sd" },
+            "kernel": self.probe.kernel().as_str(),
+            "rows": rows,
+            "nonfinite": nonfinite,
+        });
+        let mut page = format!("{rows} row(s) at layer {}, {nonfinite} not finite", self.options.layer);
+        match &self.judge {
+            Judge::None => {}
+            Judge::Row(t) => {
+                object["flagged"] = flagged.into();
+                object["threshold"] = json!({
+                    "z": t.z, "rate": t.rate, "rate_upper": t.rate_upper, "horizon": t.horizon, "sequences": t.sequences
+                });
+                page += &format!(
+                    ", {flagged} flagged: above {:.4} sd, as {} of calm sequences are\nat their last prompt token \
+                     (95 % bound {}, n = {})",
+                    t.z,
+                    percent(t.rate),
+                    percent(t.rate_upper),
+                    t.sequences
+                );
+            }
+            Judge::Sequence(monitor) => {
+                let verdict = monitor.verdict();
+                object["verdict"] = as_json(&verdict, self.options.statistic.into());
+                page += &format!("\n{}", sentence(&verdict, self.options.statistic.into()));
+            }
+        }
+        page.push('\n');
+        (page, object)
+    }
+}
+
+/// Which numbers of the array are rows of the layer.
+fn layout(array: &Array, directions: &Directions, layer: u32) -> Result<Layout> {
+    let (width, blocks) = (directions.width(), directions.manifest().model.n_layers as usize);
+    let (rows, layers, found) = match *array.shape() {
+        [rows, cols] => (rows, None, cols),
+        [rows, layers, cols] => (rows, Some(layers), cols),
+        ref other => {
+            let sentence =
+                format_args!("its shape is {other:?}, give [rows, width] or [rows, layers, width]");
+            return Err(array.refuse(sentence));
+        }
+    };
+    if found != width {
+        return Err(Error::WidthMismatch { expected: width, found });
+    }
+    match layers {
+        None => Ok(Layout { rows, width, stride: width, offset: 0 }),
+        Some(n) if n == blocks => {
+            Ok(Layout { rows, width, stride: n * width, offset: layer as usize * width })
+        }
+        Some(n) if n == blocks + 1 => Err(array.refuse(format_args!(
+            "it has {n} layers and the model {blocks} blocks: hidden_states of transformers begin with the embeddings and \
+             end after the final norm; save [:, 1:] of them, and only for layers below {}",
+            blocks - 1
+        ))),
+        Some(n) => Err(array.refuse(format_args!("it has {n} layers, the model has {blocks} blocks"))),
+    }
+}
+
+/// The threshold on the first token of a sequence; there every statistic is the score itself.
+fn first_token(directions: &Directions, layer: u32, rate: f64) -> Result<Threshold> {
+    let thresholds = directions.layer(layer)?.calibration.map_or(&[][..], |c| &c.thresholds);
+    let first: Vec<&Threshold> = thresholds.iter().filter(|t| t.horizon == 1).collect();
+    if let Some(found) = first.iter().find(|t| (t.rate - rate).abs() <= 1e-9 * rate) {
+        return Ok(**found);
+    }
+    let mut rates: Vec<f64> = first.iter().map(|t| t.rate).collect();
+    rates.sort_by(f64::total_cmp);
+    rates.dedup();
+    let reason = match rates.as_slice() {
+        [] => "the file has no threshold for the first token; give a whole sequence with --sequence".into(),
+        rates => format!("for the first token the file has the rates {rates:?}"),
+    };
+    Err(Error::RateUnsupported { rate, reason })
+}
+
+/// What may be said of the sequence, for people.
+fn sentence(v: &Verdict, statistic: Aggregation) -> String {
+    let name = statistic.as_str();
+    let alarm = format!(
+        "the {name} over {} token(s) is {:.4} sd, the alarm is above {:.4}\n({} of calm sequences; 95 % bound {})",
+        v.horizon,
+        v.score,
+        v.threshold,
+        percent(v.rate),
+        percent(v.rate_upper)
+    );
+    match v.state {
+        State::Clean => format!("clean: {alarm}"),
+        State::Flagged if v.misalignment == 1 => format!("flagged as misalignment: {alarm}"),
+        State::Flagged => format!("flagged along this direction: {alarm}"),
+        State::Pending => format!(
+            "pending: {} token(s) seen, the first threshold of the {name} needs {}",
+            v.tokens, v.horizon
+        ),
+        _ => "invalid: nothing may be concluded from this sequence".into(),
+    }
+}
+
+fn as_json(v: &Verdict, statistic: Aggregation) -> Value {
+    json!({
+        "state": format!("{:?}", v.state).to_lowercase(),
+        "misalignment": v.misalignment == 1,
+        "statistic": statistic.as_str(),
+        "score": v.score,
+        "threshold": v.threshold,
+        "rate": v.rate,
+        "rate_upper": v.rate_upper,
+        "tokens": v.tokens,
+        "horizon": v.horizon,
+        "digest": digest::to_hex(&v.digest),
+    })
+}
+
+impl From<Statistic> for Aggregation {
+    fn from(statistic: Statistic) -> Aggregation {
+        match statistic {
+            Statistic::Mean => Aggregation::Mean,
+            Statistic::Max => Aggregation::Max,
+            Statistic::Last => Aggregation::Last,
+        }
+    }
+}
