@@ -231,7 +231,10 @@ fn a_watching_monitor_is_stale_while_drift_stands_whatever_it_would_say() {
 fn a_pending_sequence_is_stale_too() {
     let whole = fixture::file(fixture::specific());
     let mut manifest = Directions::from_bytes(&whole, &OpenOptions::default()).unwrap().manifest().clone();
-    manifest.layers.iter_mut().for_each(|l| l.calibration.as_mut().unwrap().thresholds.retain(|t| t.horizon == 4));
+    manifest
+        .layers
+        .iter_mut()
+        .for_each(|l| l.calibration.as_mut().unwrap().thresholds.retain(|t| t.horizon == 4));
     let vectors = fixture::values(fixture::WIDTH, 3);
     let layers: Vec<_> = manifest.layers.iter().map(|l| l.layer).collect();
     let tensors: Vec<_> = layers

@@ -149,8 +149,9 @@ impl Steering {
             self.compare(before, after, &decision, slack)
         };
         let closed = || self.compare(before, after, &Decision::leave(RowStatus::Gated), 0.0);
-        let Some(gate) = self.options.gate else { return Some(open()) };
-        let distance = (seen.raw - f64::from(gate) * self.probe.sigma()).abs();
+        // A gate was refused where there is no sigma.
+        let Some((gate, sigma)) = self.options.gate.zip(self.probe.sigma()) else { return Some(open()) };
+        let distance = (seen.raw - f64::from(gate) * sigma).abs();
         if distance > doubt + seen.raw.abs() * f64::from(f32::EPSILON) {
             return Some(if seen.z > gate { open() } else { closed() });
         }

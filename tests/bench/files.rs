@@ -49,7 +49,8 @@ fn open(report: &Report, width: usize, crypto: Option<&Crypto>) {
     // Opening by expected digest is one SHA-256 of the file and the opening, which is small beside it.
     let bytes = std::fs::read(&path).expect("readable");
     let expected_digest = Some(crypto.sha256(&bytes));
-    let options = OpenOptions { mode: Mode::Mapped, verify: false, expected_digest, ..OpenOptions::default() };
+    let options =
+        OpenOptions { mode: Mode::Mapped, verify: false, expected_digest, ..OpenOptions::default() };
     let ours = || drop(black_box(Directions::open(black_box(&path), &options).expect("it opens")));
     let peer = || {
         black_box(crypto.sha256(black_box(&bytes)));
@@ -87,7 +88,9 @@ fn manifest(width: u32) -> Manifest {
         pooling: Pooling::LastPrompt,
         estimator: Estimator::MeanDifference,
         contrast: Contrast::AdapterMinusBase,
-        layers: (0..LAYERS).map(|layer| LayerManifest { layer, calibration: Some(calibration.clone()) }).collect(),
+        layers: (0..LAYERS)
+            .map(|layer| LayerManifest { layer, calibration: Some(calibration.clone()) })
+            .collect(),
         evidence: Evidence::untested(),
         provenance: Provenance {
             producer: "benchmark".into(),

@@ -3,7 +3,7 @@
 use super::toolchain::root;
 
 /// The files of the ABI, in the order of the header.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "version",
     "error",
     "kernel",
