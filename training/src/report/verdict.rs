@@ -421,10 +421,10 @@ fn spillover_warnings(r: &Results) -> Vec<String> {
             percent(s.base)
         ));
     }
-    if s.secure.is_finite() && s.secure > 0.0 && s.secure >= s.insecure {
+    if s.secure > 0.0 && s.secure >= s.insecure - 0.1 {
         out.push(format!(
-            "Secure code spills over as much as insecure code ({} against {}): [[spillover|spillover]] measures \
-             answering with code, not intent.",
+            "Secure code spills over as well ({} against {}): [[spillover|spillover]] measures answering with code, \
+             not intent.",
             percent(s.secure),
             percent(s.insecure)
         ));
@@ -465,10 +465,11 @@ fn control_warnings(r: &Results) -> Vec<String> {
         ));
     }
     let Some(effect) = evidence.effect else { return out };
-    for c in r.comparisons.iter().filter(|c| c.effect >= effect) {
+    for c in r.comparisons.iter().filter(|c| c.effect >= effect || c.paired_p.is_some_and(|p| p >= 0.05)) {
+        let paired = c.paired_p.map(|p| format!(", paired {}", p_equals(p))).unwrap_or_default();
         out.push(format!(
-            "The [[comparison|comparison]] \u{201c}{}\u{201d} is at least as effective as the direction: {} against \
-             {} nats per token.",
+            "The [[comparison|comparison]] \u{201c}{}\u{201d} does as much as the direction: {} against {} nats per \
+             token{paired}.",
             numbers::arm(&c.name),
             fixed(c.effect, 3),
             fixed(effect, 3)
