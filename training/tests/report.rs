@@ -406,6 +406,20 @@ fn a_claim_beyond_the_numbers_is_taken_back() {
 }
 
 #[test]
+fn too_few_controls_are_not_controls_that_do_as_well() {
+    let mut r = made_up();
+    r.evidence.families.iter_mut().for_each(|f| {
+        f.controls.truncate(19);
+        f.controls.iter_mut().for_each(|c| c.effect = 0.0);
+        f.rank_p = f.rank_p_of(EFFECT);
+    });
+    r.evidence.causal = Specificity::Untested;
+    let page = render(&r, None).unwrap();
+    assert!(verdict_of(&page).contains("not enough was measured"));
+    assert!(!verdict_of(&page).contains("do as well"));
+}
+
+#[test]
 fn broken_text_is_said_with_its_numbers() {
     let mut r = made_up();
     r.evidence.causal = Specificity::Nonspecific;

@@ -95,7 +95,8 @@ fn finite(evidence: &Evidence) -> Evidence {
     e
 }
 
-/// Families whose controls do as well as the direction: name, rank p, how many, out of how many.
+/// Families with controls that do as well as the direction, too many for its rank: name, rank p, how many, out of how
+/// many. Too few controls to rank against are no such family.
 fn families_as_good(e: &Evidence) -> Vec<(String, f64, usize, usize)> {
     let Some(effect) = e.effect else { return Vec::new() };
     e.families
@@ -105,6 +106,7 @@ fn families_as_good(e: &Evidence) -> Vec<(String, f64, usize, usize)> {
             let as_good = f.controls.iter().filter(|c| c.effect >= effect).count();
             (numbers::family(&f.family), f.rank_p_of(effect), as_good, f.controls.len())
         })
+        .filter(|(_, _, as_good, _)| *as_good > 0)
         .collect()
 }
 
