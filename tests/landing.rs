@@ -194,6 +194,35 @@ fn rows_that_an_engine_rounds_on_the_way_are_judged_by_the_coarser_dtype() {
 }
 
 #[test]
+fn rows_that_were_rounded_before_they_were_looked_at_have_landed_all_the_same() {
+    // Rows that the edit all but cancels, so that the rounding of what was there is large beside what is left.
+    let (direction, rest) = (normal(WIDTH, 1, 1.0), normal(ROWS * STRIDE, 9, 0.003));
+    let wide: Vec<f32> =
+        rest.iter().enumerate().map(|(i, x)| direction.get(i % STRIDE).unwrap_or(&0.0) + x).collect();
+    let narrow: Vec<bf16> = wide.iter().map(|x| bf16::from_f32(*x)).collect();
+    for operation in [Operation::Subtract { alpha: 1.0 }, Operation::ProjectOut { alpha: 1.0 }] {
+        for kind in available() {
+            let engine = steering(*kind, SteeringOptions::new(operation));
+            let landed = |before: &Rows<'_>, after: &Rows<'_>| {
+                let found = engine.check_landed(before, after, None, None).unwrap();
+                assert_eq!(found.landed, ROWS, "{found:?}");
+            };
+            // Kept in bf16, and seen in f32 before they went there.
+            let mut kept = narrow.clone();
+            engine.apply(&mut view_mut(&mut kept), None, None).unwrap();
+            landed(&view(&wide), &view(&kept));
+            // Kept in f32, and seen through bf16 before the edit, then after it.
+            let mut kept = wide.clone();
+            engine.apply(&mut view_mut(&mut kept), None, None).unwrap();
+            landed(&view(&narrow), &view(&kept));
+            let seen: Vec<bf16> = kept.iter().map(|x| bf16::from_f32(*x)).collect();
+            landed(&view(&wide), &view(&seen));
+            caught(engine.check_landed(&view(&narrow), &view(&wide), None, None), ROWS, "dropped");
+        }
+    }
+}
+
+#[test]
 fn either_side_of_a_gate_that_rounding_decides_is_right() {
     for kind in available() {
         let options = SteeringOptions::new(Operation::Subtract { alpha: 0.5 });

@@ -142,10 +142,12 @@ impl Steering {
         let (dot, squares) = self.kernel.dot_squares(before, unit);
         let seen = self.probe.projection(dot)?;
         let reach = before.iter().zip(unit).map(|(h, u)| (f64::from(h.to_f32()) * f64::from(*u)).abs()).sum();
-        let doubt = between_kernels(unit.len(), reach);
+        let (relative, absolute) = reading(B::DTYPE, A::DTYPE);
+        let small = absolute * unit.iter().map(|u| f64::from(u.abs())).sum::<f64>();
+        let doubt = between_kernels(unit.len(), reach) + relative * reach + small;
         let open = || {
             let decision = self.decide(before, seen, squares, strength);
-            let slack = self.coefficient_slack(&decision, strength, doubt, before);
+            let slack = self.coefficient_slack(&decision, strength, doubt, before.len(), relative);
             self.compare(before, after, &decision, slack)
         };
         let closed = || self.compare(before, after, &Decision::leave(RowStatus::Gated), 0.0);
@@ -159,13 +161,14 @@ impl Steering {
         Some(if open.deviation <= closed.deviation { open } else { closed })
     }
 
-    /// How far the coefficient of another kernel may lie from ours.
-    fn coefficient_slack<B: Element>(
+    /// How far the coefficient of another kernel, for the row as the other dtype has it, may lie from ours.
+    fn coefficient_slack(
         &self,
         decision: &Decision,
         strength: f32,
         doubt: f64,
-        row: &[B],
+        width: usize,
+        relative: f64,
     ) -> f64 {
         let per_dot = match self.options.operation {
             Operation::Subtract { .. } => 0.0,
@@ -173,7 +176,7 @@ impl Steering {
             Operation::Clamp { .. } => f64::from(strength),
         };
         // The relative error of a norm is half that of its square, twice for two kernels.
-        let per_norm = self.options.dose_limit.map_or(0.0, |_| between_kernels(row.len(), 1.0) / 2.0);
+        let per_norm = self.options.dose_limit.map_or(0.0, |_| between_kernels(width, 1.0) / 2.0 + relative);
         per_dot * doubt + per_norm * f64::from(decision.c.abs())
     }
 
@@ -186,6 +189,7 @@ impl Steering {
     ) -> Comparison {
         let (edited, c) = (decision.c != 0.0, f64::from(decision.c));
         let (relative, absolute) = rounding(B::DTYPE, A::DTYPE, edited);
+        let (read_relative, read_absolute) = reading(B::DTYPE, A::DTYPE);
         let (mut off, mut bound, mut along, mut sum) = (0.0, 0.0, 0.0, 0.0);
         for (((h, a), v), u) in before.iter().zip(after).zip(self.vector()).zip(self.probe.unit_direction()) {
             let [h, a, v, u] = [h.to_f32(), a.to_f32(), *v, *u].map(f64::from);
@@ -194,7 +198,8 @@ impl Steering {
             // Roundings to f32: of the coefficient, of the product, of the difference.
             let arithmetic = if edited { (h.abs() + 3.0 * edit.abs()) * EPS32 * 1.01 + TINY32 } else { 0.0 };
             off += (a - expected) * u;
-            bound += (arithmetic + relative * (expected.abs() + arithmetic) + absolute) * u.abs();
+            let read = read_relative * h.abs() + read_absolute;
+            bound += (arithmetic + relative * (expected.abs() + arithmetic + read) + absolute + read) * u.abs();
             along += v * u;
             sum += (h.abs() + a.abs() + edit.abs()) * u.abs();
         }
@@ -216,6 +221,17 @@ const TINY32: f64 = f32::from_bits(1) as f64 / 2.0;
 fn between_kernels(width: usize, sum_abs: f64) -> f64 {
     let of = |kind: KernelKind| error_bound(kind, width, sum_abs);
     2.0 * KernelKind::ALL.into_iter().map(of).fold(0.0, f64::max)
+}
+
+/// How far an element before lies from the one that the stack edited, relative to it and absolute: where the dtypes
+/// differ, one of the two is not that of the stack.
+fn reading(before: Dtype, after: Dtype) -> (f64, f64) {
+    if before == after {
+        return (0.0, 0.0);
+    }
+    let (relative, absolute) = rounding(before, after, true);
+    // Of what was read, not of what was rounded.
+    (relative / (1.0 - relative), absolute)
 }
 
 /// Rounding of an element, relative and absolute: once to the dtype that both have, and only where an edit was made; once to
