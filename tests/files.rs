@@ -3,6 +3,8 @@
 
 #[allow(dead_code)] // of its sample file, not of its attacks
 mod attacks;
+#[allow(dead_code)] // other tests use more of it
+mod skipped;
 
 use attacks::forge;
 use emaudit::directions::schema::Manifest;
@@ -165,7 +167,7 @@ fn a_folder_that_may_not_be_written_leaves_the_old_file() {
     let written = write_sample(&path, |m| m.layers[0].calibration.as_mut().unwrap().sigma = 5.0);
     permit(0o755);
     if privileged {
-        println!("SKIPPED: root may write everywhere; run the tests as another user for this one");
+        skipped::skipped("a folder that may not be written", "root may write everywhere");
         return;
     }
     assert_eq!(written.unwrap_err().status(), Status::Io);

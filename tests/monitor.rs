@@ -16,7 +16,7 @@ const WIDTH: usize = 37;
 const LAYER: u32 = 2;
 
 fn threshold(statistic: Aggregation, horizon: u32, rate: f64, z: f64) -> Threshold {
-    Threshold { statistic, horizon, rate, rate_upper: rate * 1.5, z, sequences: 1000 }
+    Threshold { statistic, horizon, rate, rate_upper: rate * 0.9, z, sequences: 1000 }
 }
 
 /// Thresholds out of order, as a file may hold them.
@@ -213,7 +213,7 @@ fn a_verdict_names_what_it_rests_on() {
             score: 9.0,
             threshold: 2.0,
             rate: 0.01,
-            rate_upper: 0.015,
+            rate_upper: 0.01 * 0.9,
             tokens: 2,
             horizon: 2,
             layer: LAYER,

@@ -1,6 +1,8 @@
 //! Files signed with minisign: what a trusted key lets in and what it keeps out, with what words.
 
 mod attacks;
+#[allow(dead_code)] // other tests use more of it
+mod skipped;
 
 use attacks::forge;
 use emaudit::directions::{Directions, Mode, OpenOptions, TrustedKey, to_bytes};
@@ -185,7 +187,7 @@ fn every_flipped_bit_breaks_the_signature() {
 fn minisign_itself_signs_for_us_where_it_is_installed() {
     use std::process::Command;
     if Command::new("minisign").arg("-v").output().is_err() {
-        println!("SKIPPED: `minisign` is not installed; only the crate's signatures were checked");
+        skipped::missing("signatures of minisign itself", "it is not installed");
         return;
     }
     let folder = tempfile::tempdir().unwrap();

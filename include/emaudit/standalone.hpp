@@ -246,7 +246,8 @@ class Probe {
     double dot = 0;
     for (std::size_t i = 0; i < unit_.size(); ++i) dot += double{element<T>(row, i)} * double{unit_[i]};
     const double wide = double{static_cast<float>(dot)} - offset_;
-    const float raw = static_cast<float>(wide), z = static_cast<float>(wide / layer_.sigma);
+    const float raw = static_cast<float>(wide);
+    const float z = layer_.calibrated ? static_cast<float>(wide / layer_.sigma) : 0;
     return {raw, z, detail::finite(raw) && detail::finite(z)};
   }
 

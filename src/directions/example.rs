@@ -6,7 +6,7 @@
         statistic: Aggregation::Mean,
         horizon,
         rate: 0.01,
-        rate_upper: 0.0226,
+        rate_upper: 0.0075,
         z,
         sequences: 400,
     };

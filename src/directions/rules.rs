@@ -13,6 +13,8 @@ use std::fmt::{Debug, Display};
 
 /// How far a stored rank p may lie from the recomputed one: other writers round differently.
 const RANK_P_TOLERANCE: f64 = 1e-9;
+/// Each costs a watched sequence a comparison.
+const MAX_QUANTILES: usize = 256;
 
 /// The one way a rule speaks: the field, its value, what it must be.
 fn rule(holds: bool, field: impl Display, value: impl Debug, must: impl Display) -> Result<()> {
@@ -116,6 +118,13 @@ impl Calibration {
         let sigma_holds = (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&self.sigma);
         rule(sigma_holds, format_args!("{at}.sigma"), self.sigma, "positive and within the range of f32")?;
         at_least(format_args!("{at}.sequences"), self.sequences, 2)?;
+        let few = self.quantiles.len() <= MAX_QUANTILES;
+        rule(
+            few,
+            format_args!("{at}.quantiles"),
+            self.quantiles.len(),
+            format_args!("at most {MAX_QUANTILES}"),
+        )?;
         for (i, (p, z)) in self.quantiles.iter().enumerate() {
             probability(format_args!("{at}.quantiles[{i}] probability"), *p)?;
             score(format_args!("{at}.quantiles[{i}] z"), *z)?;
@@ -161,7 +170,9 @@ impl Threshold {
         let must =
             format_args!("at least 1 - 0.05^(1 / sequences) = {floor:.6}; calibrate on more sequences");
         rule(self.rate >= floor - 1e-9, format_args!("{at}.rate"), self.rate, must)?;
-        between(format_args!("{at}.rate_upper"), self.rate_upper, floor - 1e-9, 1.0)
+        let held = (floor - 1e-9..=self.rate + 1e-9).contains(&self.rate_upper);
+        let must = format_args!("between {floor:.6} and the rate it holds, {}", self.rate);
+        rule(held, format_args!("{at}.rate_upper"), self.rate_upper, must)
     }
 }
 

@@ -300,6 +300,13 @@ impl<T: Sized32> OutStruct<T> {
         if pointer.is_null() { Ok(None) } else { unsafe { Self::new(pointer) }.map(Some) }
     }
 
+    /// All that [`OutStruct::write`] writes to, by the caller's size of it; nothing where the result is not wanted.
+    pub(super) fn region(name: &'static str, out: &Option<Self>) -> Region {
+        let (pointer, size) =
+            out.as_ref().map_or((std::ptr::null(), 0), |o| (o.pointer.cast_const(), o.size));
+        Region::new(name, pointer.cast::<u8>(), size)
+    }
+
     /// Writes the fields the caller has; bytes of a newer caller that this version does not know become 0.
     /// `struct_size` keeps the caller's value.
     pub(super) fn write(self, value: T) {

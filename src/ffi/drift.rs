@@ -30,9 +30,10 @@ const _: () = assert!(
 ///
 /// After every `window` sequences the shares of scores up to the quantiles of the file are compared with what
 /// the calibration allows: an exact test, whatever the distribution, that counts the uncertainty of the window
-/// and that of the calibration and alarms falsely in at most `rate` of all windows. Sequences are alike when
-/// model and prompts are: where the prompts changed it reports a drift too, and the thresholds do not hold
-/// either.
+/// and that of the calibration: over calibrations and windows it alarms falsely with a probability of at most
+/// `rate`. The windows of one file share its calibration, so after an unlucky one false alarms come together.
+/// Sequences are alike when model and prompts are: where the prompts changed it reports a drift too, and the
+/// thresholds do not hold either.
 ///
 /// With 400 calibration sequences, rate 0.01 and normal scores, a window of 100 sees a shift of the mean by
 /// 0.65 aligned standard deviations in 9 of 10 cases, one of 400 a shift by 0.38.

@@ -195,7 +195,7 @@ unsafe fn steer(
 ) -> Result<()> {
     let tensor = unsafe { tensor::check(call.rows, steering.steering.probe().width())? };
     let report = unsafe { OutStruct::new_optional(call.report)? };
-    check_arrays(&tensor, scores.map(|(_, pointer)| pointer), call)?;
+    check_arrays(&tensor, scores.map(|(_, pointer)| pointer), call, OutStruct::region("report", &report))?;
     let count = tensor.rows;
     // SAFETY: checked above and disjoint; valid by the contract of the callers.
     let outcome = unsafe {
@@ -218,13 +218,12 @@ unsafe fn steer(
     outcome.into_result().map(drop)
 }
 
-fn check_arrays(tensor: &Checked, scores: Option<*mut f32>, call: &Call) -> Result<()> {
+fn check_arrays(tensor: &Checked, scores: Option<*mut f32>, call: &Call, report: Region) -> Result<()> {
     if let Some(scores) = scores {
         check_array(scores.cast_const(), tensor.rows, "scores")?;
     }
     let scores = Region::new("scores", scores.map_or(std::ptr::null(), <*mut f32>::cast_const), tensor.rows);
     let status = Region::new("row_status", call.row_status.cast_const(), tensor.rows);
-    let report = Region::new("report", call.report.cast_const(), 1);
     let strengths = Region::new("strengths", call.strengths, tensor.rows);
     check_disjoint(&[tensor.region, scores, status, report], &[strengths])
 }
@@ -379,7 +378,7 @@ pub unsafe extern "C" fn emaudit_steering_check_landed(
         let report_out = unsafe { OutStruct::new_optional(report)? };
         let written = [
             Region::new("deviations", deviations.cast_const(), before.rows),
-            Region::new("report", report.cast_const(), 1),
+            OutStruct::region("report", &report_out),
         ];
         let read = [before.region, after.region, Region::new("strengths", strengths, before.rows)];
         check_disjoint(&written, &read)?;

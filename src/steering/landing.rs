@@ -73,6 +73,9 @@ impl Steering {
     ///
     /// Never allocates, locks or blocks; takes a few times as long as steering.
     ///
+    /// Where no row was to be edited, and with no rows at all, nothing was shown and nothing is wrong: the report says so. What
+    /// follows a row that was not finite before is not looked at.
+    ///
     /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (as [`Steering::apply`]; another number of rows after
     /// than before) before anything is written. After all rows [`Error::NotLanded`] when a row missed, or when rows were to be
     /// edited and not one can be shown to be; else [`Error::NonFinite`] when a row was left alone for that.
@@ -199,7 +202,8 @@ impl Steering {
             let arithmetic = if edited { (h.abs() + 3.0 * edit.abs()) * EPS32 * 1.01 + TINY32 } else { 0.0 };
             off += (a - expected) * u;
             let read = read_relative * h.abs() + read_absolute;
-            bound += (arithmetic + relative * (expected.abs() + arithmetic + read) + absolute + read) * u.abs();
+            bound +=
+                (arithmetic + relative * (expected.abs() + arithmetic + read) + absolute + read) * u.abs();
             along += v * u;
             sum += (h.abs() + a.abs() + edit.abs()) * u.abs();
         }

@@ -19,9 +19,9 @@ pub fn manifest() -> Value {
         "sigma": 0.75, "sequences": 400,
         "quantiles": [[0.05, -1.6], [0.5, 0.0], [0.95, 1.7]],
         "thresholds": [
-            {"statistic": "mean", "horizon": 1, "rate": 0.05, "rate_upper": 0.074, "z": 1.7, "sequences": 400},
-            {"statistic": "mean", "horizon": 16, "rate": 0.05, "rate_upper": 0.074, "z": 1.1, "sequences": 400},
-            {"statistic": "mean", "horizon": 16, "rate": 0.01, "rate_upper": 0.023, "z": 1.9, "sequences": 400},
+            {"statistic": "mean", "horizon": 1, "rate": 0.05, "rate_upper": 0.045, "z": 1.7, "sequences": 400},
+            {"statistic": "mean", "horizon": 16, "rate": 0.05, "rate_upper": 0.045, "z": 1.1, "sequences": 400},
+            {"statistic": "mean", "horizon": 16, "rate": 0.01, "rate_upper": 0.0095, "z": 1.9, "sequences": 400},
         ],
     });
     json!({

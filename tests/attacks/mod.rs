@@ -375,6 +375,13 @@ fn calibration() -> Vec<Attack> {
             "thresholds[2].rate_upper",
         ),
         at("a bound above one", "thresholds/2/rate_upper", json!(1.25), "rate_upper is 1.25"),
+        at("a rate that its own sample belies", "thresholds/2/rate_upper", json!(0.011), "the rate it holds"),
+        at(
+            "quantiles without end",
+            "quantiles",
+            (1..=257).map(|i| json!([f64::from(i) / 258.0, 0.0])).collect(),
+            "calibration.quantiles is 257",
+        ),
         at("a threshold twice", "thresholds/2/rate", json!(0.05), "it must be stated once"),
         at(
             "rarer and easier",

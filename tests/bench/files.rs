@@ -63,7 +63,7 @@ fn manifest(width: u32) -> Manifest {
         statistic: Aggregation::Mean,
         horizon,
         rate: 0.01,
-        rate_upper: 0.02,
+        rate_upper: 0.009,
         z,
         sequences: 400,
     };

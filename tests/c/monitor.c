@@ -31,7 +31,7 @@ static void test_sequence(emaudit_monitor *monitor, int misalignment) {
   CHECK(verdict.state == EMAUDIT_STATE_CLEAN && verdict.horizon == 1 && verdict.tokens == 1);
   CHECK(fabsf(verdict.score - 0.5f) < 1e-6f && verdict.threshold > 0.5f && verdict.misalignment == 0);
   CHECK(verdict.layer == LAYER && verdict.verified == 1 && verdict.kernel != EMAUDIT_KERNEL_DEFAULT);
-  CHECK(fabs(verdict.rate - RATE) < 1e-12 && verdict.rate_upper >= verdict.rate);
+  CHECK(fabs(verdict.rate - RATE) < 1e-12 && verdict.rate_upper <= verdict.rate && verdict.rate_upper > 0.0);
 
   const float more[3] = {50.0f, 50.0f, 50.0f};
   EXPECT(OK, emaudit_monitor_push(monitor, more, 3, &error));

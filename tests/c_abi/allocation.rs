@@ -122,6 +122,17 @@ fn the_hot_path_allocates_nothing() {
                 null_mut(),
                 null_mut(),
             ),
+            // Edited and compared, whatever it finds: these rows are those after the edit.
+            emaudit_steering_check_landed(
+                steering,
+                &tensor,
+                &tensor,
+                null(),
+                null_mut(),
+                null_mut(),
+                null_mut(),
+            )
+            .min(0),
             emaudit_drift_push(drift, scores, ROWS, null_mut()),
             emaudit_drift_get_report(drift, &mut report, null_mut()),
             emaudit_monitor_push(monitor, scores, ROWS, null_mut()),
@@ -131,7 +142,7 @@ fn the_hot_path_allocates_nothing() {
         emaudit_probe_free(acquired);
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 9]);
+        assert_eq!(outcomes, [0; 10]);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
         assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);

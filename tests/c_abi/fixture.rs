@@ -91,7 +91,7 @@ fn layer(layer: u32, sigma: f64) -> LayerManifest {
         statistic: Aggregation::Mean,
         horizon,
         rate,
-        rate_upper: 2.0 * rate,
+        rate_upper: 0.9 * rate,
         z,
         sequences: SEQUENCES,
     };

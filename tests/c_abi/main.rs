@@ -8,6 +8,9 @@ mod fixture;
 mod header;
 mod layout;
 mod programs;
+#[allow(dead_code)] // other tests use more of it
+#[path = "../skipped/mod.rs"]
+mod skipped;
 mod surface;
 mod symbols;
 mod toolchain;

@@ -1,3 +1,4 @@
+use super::skipped::missing;
 use super::{Folder, emaudit, forge, lines, npy_f32, refused, text, utf8};
 use emaudit::directions::schema::{Estimator, Pooling, Site, Specificity};
 use emaudit::directions::{Directions, OpenOptions};
@@ -399,9 +400,8 @@ fn python(script: &str, arguments: &[&str]) -> Option<String> {
     let python = std::env::var("EMAUDIT_PYTHON").unwrap_or_else(|_| "python3".into());
     let has = std::process::Command::new(&python).args(["-c", "import gguf"]).output();
     if !has.is_ok_and(|o| o.status.success()) {
-        eprintln!(
-            "SKIPPED: {python} has no package gguf; pip install gguf, or name a Python in EMAUDIT_PYTHON"
-        );
+        let why = format!("{python} has no package gguf; install it, or name a Python in EMAUDIT_PYTHON");
+        missing("control vectors of Python's gguf", &why);
         return None;
     }
     let output = std::process::Command::new(&python).args(["-c", script]).args(arguments).output().unwrap();

@@ -10,6 +10,9 @@ mod convert;
 mod diff;
 mod inspect;
 mod score;
+#[allow(dead_code)] // other tests use more of it
+#[path = "../skipped/mod.rs"]
+mod skipped;
 
 use emaudit::directions::schema::Manifest;
 use serde_json::Value;

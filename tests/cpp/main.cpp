@@ -69,7 +69,7 @@ void test_layers(const std::string &fixtures) {
   CHECK(info->thresholds.size() == 3);
   const emaudit::Threshold &threshold = info->thresholds[1];
   CHECK(threshold.aggregation == emaudit::Aggregation::mean && threshold.horizon == 4 && threshold.sequences == 400);
-  CHECK(threshold.rate == 0.01 && threshold.rate_upper == 0.02 && threshold.z == 2.0);
+  CHECK(threshold.rate == 0.01 && threshold.rate_upper == 0.9 * 0.01 && threshold.z == 2.0);
   CHECK(directions->layer(2).status() == Status::layer_not_found);
 
   std::vector<float> direction(width);

@@ -69,7 +69,7 @@ fn calibration(random: &mut Random) -> Option<Calibration> {
             for rate in [0.05, 0.01] {
                 // An f32, so that a score can equal it.
                 let z = f64::from(random.signed() * 0.5 + if rate < 0.02 { 2.0 } else { 1.0 });
-                let (rate_upper, sequences) = (rate * 2.0, 500);
+                let (rate_upper, sequences) = (rate * 0.9, 500);
                 thresholds.push(Threshold { statistic, horizon, rate, rate_upper, z, sequences });
             }
         }
@@ -135,6 +135,7 @@ fn forged() -> Vec<(String, Vec<u8>)> {
     text("nothing optional", minimal().to_string(), &mut add);
     let edges = plain.replace("\"vocab_size\":100", "\"vocab_size\":4294967295");
     let edges = edges.replace("\"rate\":0.01,", "\"rate\":0.007461354628799563,");
+    let edges = edges.replace("\"rate_upper\":0.0095", "\"rate_upper\":0.007461354628799563");
     text(
         "numbers at the edge of their ranges",
         edges.replace("\"seed\":38", "\"seed\":18446744073709551615"),

@@ -9,6 +9,9 @@ mod good;
 mod mutate;
 mod random;
 mod script;
+#[allow(dead_code)] // other tests use more of it
+#[path = "../skipped/mod.rs"]
+mod skipped;
 
 use emaudit::directions::schema::{Aggregation, ModelIdentity, Site};
 use emaudit::directions::{Directions, OpenOptions};
@@ -33,7 +36,10 @@ fn program() -> PathBuf {
         let sanitizers = ["-std=c++17", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
         let sanitized = compiler::works(&compiler::default(), &sanitizers);
         if !sanitized {
-            eprintln!("SKIPPED: {} has no sanitizers here, hostile files run without", compiler::default());
+            skipped::missing(
+                "sanitizers on hostile files",
+                &format!("{} has none here", compiler::default()),
+            );
         }
         let flags = if sanitized { &sanitizers[..] } else { &sanitizers[..1] };
         let program = compiler::build(&compiler::default(), flags, folder.path().join("standalone"));
@@ -341,7 +347,7 @@ fn every_compiler_takes_it_without_a_warning_and_gives_the_same_answers() {
     let folder = tempfile::tempdir().unwrap();
     for name in [compiler::default(), "clang++".into()] {
         if !compiler::works(&name, &["-std=c++20"]) {
-            eprintln!("SKIPPED: {name} is not here, or has no C++20");
+            skipped::missing(&format!("the second reader with {name}"), "it is not here, or has no C++20");
             skipped += 1;
             continue;
         }

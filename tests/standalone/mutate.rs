@@ -259,7 +259,7 @@ pub fn decimals(random: &mut Random) -> Vec<u8> {
     let thresholds: Vec<String> = (1..=100)
         .map(|horizon| {
             let z = decimal(random);
-            let rest = "\"statistic\":\"max\",\"rate\":0.05,\"rate_upper\":0.5,\"sequences\":400";
+            let rest = "\"statistic\":\"max\",\"rate\":0.05,\"rate_upper\":0.05,\"sequences\":400";
             format!("{{\"horizon\":{horizon},\"z\":{z},{rest}}}")
         })
         .collect();

@@ -269,7 +269,7 @@ fn describe(directions: &Directions) -> String {
         site_number(manifest.site)
     );
     // What the second reader has where there is no calibration.
-    let uncalibrated = Calibration { sigma: 1.0, sequences: 0, quantiles: vec![], thresholds: vec![] };
+    let uncalibrated = Calibration { sigma: 0.0, sequences: 0, quantiles: vec![], thresholds: vec![] };
     for number in directions.layers() {
         let layer = directions.layer(number).expect("a layer of the file");
         let c = layer.calibration.unwrap_or(&uncalibrated);

@@ -10,14 +10,16 @@ pub struct Directions(pub(crate) Arc<directions::Directions>);
 
 fn options(options: &OpenOptions<'_>) -> Result<directions::OpenOptions, Failure> {
     let digest = options.expected_digest;
-    let expected_digest = match digest.is_empty() {
-        true => None,
-        false => Some(digest.try_into().map_err(|_| invalid("an expected digest has 32 bytes"))?),
+    let expected_digest = match (options.has_expected_digest, digest.is_empty()) {
+        (false, true) => None,
+        (false, false) => return Err(invalid("expected_digest is set, has_expected_digest is not")),
+        (true, _) => Some(digest.try_into().map_err(|_| invalid("an expected digest has 32 bytes"))?),
     };
     let mode = if options.mapped { Mode::Mapped } else { Mode::Copied };
-    let trusted_key = match options.trusted_key.is_empty() {
-        true => None,
-        false => Some(directions::TrustedKey::parse(options.trusted_key)?),
+    let trusted_key = match (options.has_trusted_key, options.trusted_key.is_empty()) {
+        (false, true) => None,
+        (false, false) => return Err(invalid("trusted_key is set, has_trusted_key is not")),
+        (true, _) => Some(directions::TrustedKey::parse(options.trusted_key)?),
     };
     let signature = (!options.signature.is_empty()).then(|| options.signature.to_vec());
     Ok(directions::OpenOptions {

@@ -127,10 +127,13 @@ mod bridge {
         mapped: bool,
         /// Skip the digest; verdicts then say unverified.
         skip_verify: bool,
-        /// SHA-256 the file must have, 32 bytes; empty for none.
+        /// Ask for the digest below.
+        has_expected_digest: bool,
+        /// SHA-256 the file must have, 32 bytes.
         expected_digest: &'a [u8],
-        /// Minisign public key that must have signed the file (its line, or the text of its .pub file); empty for
-        /// none.
+        /// Ask for a signature by the key below; an empty key is then refused, not passed over.
+        has_trusted_key: bool,
+        /// Minisign public key that must have signed the file (its line, or the text of its .pub file).
         trusted_key: &'a str,
         /// Text of the signature; empty reads it from the file's path with `.minisig` added.
         signature: &'a [u8],

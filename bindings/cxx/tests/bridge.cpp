@@ -69,6 +69,7 @@ void test_directions(const std::string &fixtures) {
   emaudit::OpenOptions options{};
   std::array<std::uint8_t, 32> digest = directions->digest();
   options.mapped = true;
+  options.has_expected_digest = true;
   options.expected_digest = {digest.data(), digest.size()};
   CHECK(emaudit::open_directions(good, options)->verified());
   digest[0] ^= 1;
@@ -87,8 +88,13 @@ void test_directions(const std::string &fixtures) {
   std::ifstream key_file(fixtures + "/key.pub");
   const std::string key((std::istreambuf_iterator<char>(key_file)), std::istreambuf_iterator<char>());
   trusting.trusted_key = key;
+  CHECK(throws("InvalidArgument", [&] { emaudit::open_directions(good, trusting); }));  // half said
+  trusting.has_trusted_key = true;
   CHECK(emaudit::open_directions(fixtures + "/signed.safetensors", trusting)->verified());
   CHECK(throws("Unsigned", [&] { emaudit::open_directions(good, trusting); }));
+  trusting.trusted_key = "";
+  CHECK(throws("InvalidArgument", [&] { emaudit::open_directions(good, trusting); }));
+  trusting.trusted_key = key;
   trusting.signature = {bytes, content.size()};
   CHECK(throws("BadSignature", [&] { emaudit::open_directions(good, trusting); }));
 

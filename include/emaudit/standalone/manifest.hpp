@@ -149,7 +149,9 @@ class ManifestReader {
   void read_calibration(const Object &calibration, Layer &layer) {
     layer.sigma = between(member(calibration, "sigma"), "sigma", double{FLT_MIN}, double{FLT_MAX});
     layer.sequences = count(calibration, "sequences", 2);
-    for (Json item : array(calibration, "quantiles")) {
+    const std::vector<Json> quantiles = array(calibration, "quantiles");
+    rule(quantiles.size() <= 256, "quantiles", "at most 256");
+    for (Json item : quantiles) {
       const std::vector<Json> pair = is(item, '[') ? values(item) : std::vector<Json>{};
       if (pair.size() != 2) return rule(false, "quantiles", "arrays of two numbers");
       const std::pair quantile(probability(pair[0], "quantiles"), narrow(pair[1], "quantiles"));
@@ -175,7 +177,7 @@ class ManifestReader {
     const double n = found.sequences;
     const double floor = 1 - std::pow(0.05, 1 / n) - 1e-9;
     rule(found.rate >= floor, "rate", "at least 1 - 0.05^(1 / sequences); calibrate on more sequences");
-    found.rate_upper = between(member(from, "rate_upper"), "rate_upper", floor, 1);
+    found.rate_upper = between(member(from, "rate_upper"), "rate_upper", floor, found.rate + 1e-9);
     return found;
   }
 

@@ -70,7 +70,7 @@ struct Threshold {
 struct Layer {
   std::uint32_t layer = 0, sequences = 0;
   bool calibrated = false;  // else raw scores only, and nothing below up to the vectors
-  double sigma = 1;
+  double sigma = 0;
   std::vector<std::pair<double, double>> quantiles;  // probability, score
   std::vector<Threshold> thresholds;
   std::vector<float> direction, aligned_mean;
