@@ -113,6 +113,9 @@ struct CommonArgs {
     /// `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "cpu", value_parser = device)]
     device: Device,
+    /// Finetune even where the memory will not do by the estimate.
+    #[arg(long)]
+    ignore_memory: bool,
     /// Print the summary as JSON on stdout.
     #[arg(long)]
     json: bool,
@@ -172,8 +175,15 @@ pub fn run(cli: Cli) -> Result<()> {
 
 impl RunArgs {
     fn open(&self) -> Result<Experiment> {
-        let c = &self.common;
-        Experiment::open(Recipe::load(&self.recipe)?, &c.out, c.fresh, c.device.clone())
+        self.common.open(Recipe::load(&self.recipe)?)
+    }
+}
+
+impl CommonArgs {
+    fn open(&self, recipe: Recipe) -> Result<Experiment> {
+        let mut experiment = Experiment::open(recipe, &self.out, self.fresh, self.device.clone())?;
+        experiment.ignore_memory = self.ignore_memory;
+        Ok(experiment)
     }
 }
 
@@ -186,9 +196,7 @@ fn demo(args: DemoArgs) -> Result<()> {
     if let Some(model) = args.model {
         recipe.model.id = model;
     }
-    let c = args.common;
-    let experiment = Experiment::open(recipe, &c.out, c.fresh, c.device)?;
-    finish(&experiment, c.json)
+    finish(&args.common.open(recipe)?, args.common.json)
 }
 
 fn finish(experiment: &Experiment, json: bool) -> Result<()> {

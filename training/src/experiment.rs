@@ -11,6 +11,7 @@ use crate::fetch::{self, ModelFiles};
 use crate::finetune::{self, Example, StepLog};
 use crate::generate::Sampling;
 use crate::lora::Adapter;
+use crate::memory::{self, Estimate};
 use crate::recipe::Recipe;
 use crate::results::Results;
 use crate::{calibrate, interrupt, progress, statistics as stats, store};
@@ -38,6 +39,8 @@ pub struct Experiment {
     pub out: PathBuf,
     /// Where the network runs.
     pub device: Device,
+    /// Finetunes even where the estimate says that the memory will not do.
+    pub ignore_memory: bool,
     stages: PathBuf,
     base: Base,
     begun: Instant,
@@ -94,7 +97,16 @@ impl Experiment {
             .file_name()
             .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
         let base = base::load(path, &name, recipe.model.quantize, &device)?;
-        Ok(Experiment { recipe, out: out.to_owned(), device, stages, base, begun, _lock: lock })
+        Ok(Experiment {
+            recipe,
+            out: out.to_owned(),
+            device,
+            ignore_memory: false,
+            stages,
+            base,
+            begun,
+            _lock: lock,
+        })
     }
 
     /// The loaded model.
@@ -127,28 +139,87 @@ impl Experiment {
             let adapter = Adapter::load(&folder, &self.base.decoder)?;
             return Ok((Finetuned { adapter, folder, log, key }, data));
         }
-        let checkpoint = self.stages.join(format!("checkpoint-{side}.safetensors"));
-        let mut stage = progress::Stage::new(format!("finetune on {side} code"), f.steps);
-        let (adapter, log) = finetune::finetune(
-            &self.base.decoder,
-            &examples,
-            f,
-            self.recipe.seed,
-            Some((&checkpoint, &key)),
-            |entry| stage.advance(1, format!("loss {:.3}", entry.loss)),
-            interrupt::asked,
-        )?;
-        stage.finish(log.last().map_or(String::new(), |l| format!("loss {:.3}", l.loss)));
+        let rows = finetune::Rows::new(&examples, f, self.recipe.seed)
+            .with_context(|| format!("cannot finetune on {}", data.name))?;
+        let (adapter, log) = self.train(side, &rows, &folder, &key)?;
         if adapter.largest_b()? == 0.0 {
-            bail!("the {side} adapter is inactive after {} steps; raise steps or learning_rate", f.steps);
+            bail!("the {side} adapter is inactive after {} steps; raise steps or learning_rate", log.len());
         }
         adapter.save(&folder, &self.recipe.model.id)?;
         // Written last: the log's presence says that the folder is whole.
         store::write_json(&log_file, &log)?;
+        let checkpoint = self.checkpoint(side);
         if checkpoint.exists() {
             fs::remove_file(&checkpoint)?;
         }
         Ok((Finetuned { adapter, folder, log, key }, data))
+    }
+
+    fn checkpoint(&self, side: Side) -> PathBuf {
+        self.stages.join(format!("checkpoint-{side}.safetensors"))
+    }
+
+    /// Says what will be done and what it needs, then trains, with metrics in `folder`.
+    fn train(
+        &self,
+        side: Side,
+        rows: &finetune::Rows,
+        folder: &Path,
+        key: &str,
+    ) -> Result<(Adapter, Vec<StepLog>)> {
+        let (f, seed) = (&self.recipe.finetune, self.recipe.seed);
+        let padding = 100.0 * rows.padding_share(f, seed);
+        let held_out = match rows.held_out.len() {
+            0 => String::new(),
+            count => format!(", {count} held out"),
+        };
+        progress::note(&format!(
+            "{side} code: {}{held_out}; {padding:.0} % of the tokens are padding",
+            rows.counts
+        ));
+        let estimate = self.estimate(rows)?;
+        let checkpoint = self.checkpoint(side);
+        let mut metrics = finetune::Metrics::create(folder)?;
+        let mut stage = progress::Stage::new(format!("finetune on {side} code"), f.steps);
+        let (adapter, log) = finetune::finetune(
+            &self.base.decoder,
+            rows,
+            f,
+            seed,
+            Some(finetune::Checkpoint::new(&checkpoint, key)),
+            |entry| {
+                metrics.add(entry);
+                stage.advance(1, entry.to_string());
+            },
+            interrupt::asked,
+        )?;
+        let mut end = log.last().map_or(String::new(), |l| format!("loss {:.3}", l.loss));
+        if let Some(best) = finetune::best(&log).filter(|_| f.patience > 0) {
+            end += &format!("; the adapter of step {} of {} is kept", best.step, log.len());
+        }
+        if let Some(peak) = memory::peak() {
+            end +=
+                &format!("; peak memory {} for an estimated {}", memory::size(peak), memory::size(estimate));
+        }
+        stage.finish(end);
+        metrics.finish(&log)?;
+        Ok((adapter, log))
+    }
+
+    /// Prints how much memory training will take, in bytes, and refuses what cannot fit.
+    fn estimate(&self, rows: &finetune::Rows) -> Result<usize> {
+        let (decoder, recipe) = (&self.base.decoder, &self.recipe.finetune);
+        let estimate = Estimate::new(decoder, rows, recipe);
+        let mut lighter = recipe.clone();
+        lighter.gradient_checkpointing = true;
+        // The memory of other devices is not asked.
+        let available = memory::available().filter(|_| self.device.is_cpu());
+        let free = available.map_or(String::new(), |a| format!("; {} are available", memory::size(a)));
+        progress::note(&format!("memory needed, about {estimate}{free}"));
+        if !self.ignore_memory {
+            estimate.check(available, &Estimate::new(decoder, rows, &lighter))?;
+        }
+        Ok(estimate.total())
     }
 
     fn examples(&self, data: &ChatDataset) -> Result<Vec<Example>> {
@@ -440,6 +511,7 @@ impl Experiment {
             "kernel": format!("{:?}", emaudit::kernel::best()).to_lowercase(),
             "threads": rayon::current_num_threads(),
             "device": format!("{:?}", self.device),
+            "peak_memory_bytes": memory::peak(),
             "out": self.out,
         });
         store::write_json(&outputs.run, &run)?;

@@ -1,29 +1,31 @@
-//! QLoRA finetuning: frozen (NF4) base, LoRA on all linear layers, loss on responses only.
+//! QLoRA finetuning: frozen (NF4) base, LoRA on the target modules, loss on responses only.
 //!
 //! The order of examples and every random number are functions of the seed and the step, so a run that
 //! was cut off and resumed from its checkpoint gives the same adapter, bit for bit, on the same machine.
 
+mod checkpoint;
+mod gradient;
+mod metrics;
+pub mod optimizer;
+mod rows;
+
+pub use checkpoint::Checkpoint;
+pub use gradient::{Gradients, HEAD_ROWS, checkpointed_gradients, gradients, response_loss};
+pub use metrics::Metrics;
+pub use rows::{Example, GROUPED_STEPS, RowCounts, Rows};
+
 use crate::lora::{Adapter, LoraConfig};
-use crate::model::{Batch, Decoder, no_edit, ops};
+use crate::model::Decoder;
 use crate::recipe::{Finetune, Schedule};
-use crate::{random, store};
+use crate::{progress, random};
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
-use std::collections::HashMap;
-use std::path::Path;
+use candle_core::{Tensor, Var};
+use optimizer::AdamW;
+use std::fmt;
 use std::time::{Duration, Instant};
 
-/// A rendered conversation and which of its tokens the loss is taken on.
-#[derive(Clone, Debug)]
-pub struct Example {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// True on response tokens.
-    pub response: Vec<bool>,
-}
-
-/// One step of the log.
-#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+/// One step of the log, and one line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub struct StepLog {
     /// 1-based step.
     pub step: usize,
@@ -33,91 +35,111 @@ pub struct StepLog {
     pub learning_rate: f64,
     /// Global gradient norm before clipping.
     pub gradient_norm: f32,
+    /// Tokens of the step's rows.
+    #[serde(default)]
+    pub tokens: usize,
+    /// Padding computed beside them.
+    #[serde(default)]
+    pub padding: usize,
+    /// Mean loss over the response tokens of the rows held out, after this step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evaluation_loss: Option<f32>,
+    /// How long the step took, its evaluation left out; absent where the step was done by an earlier process. It
+    /// differs from run to run, so it is never stored with the rest.
+    #[serde(skip)]
+    pub took: Option<Duration>,
 }
 
-const BETA1: f64 = 0.9;
-const BETA2: f64 = 0.999;
-const EPSILON: f64 = 1e-8;
-const CHECKPOINT_EVERY: Duration = Duration::from_secs(20);
+impl fmt::Display for StepLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "loss {:.3}", self.loss)?;
+        if let Some(loss) = self.evaluation_loss {
+            write!(f, ", held out {loss:.3}")?;
+        }
+        match self.took {
+            Some(took) => write!(f, ", {:.0} tokens/s", self.tokens as f64 / took.as_secs_f64()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The step whose adapter is kept, where rows are held out and `patience` asks for the best.
+pub fn best(log: &[StepLog]) -> Option<&StepLog> {
+    let evaluated = log.iter().filter_map(|l| l.evaluation_loss.map(|loss| (loss, l)));
+    // The first of equals: a later one has learned nothing more.
+    evaluated.reduce(|best, other| if other.0 < best.0 { other } else { best }).map(|(_, l)| l)
+}
 
 struct Trainer<'a> {
     decoder: &'a Decoder,
     recipe: &'a Finetune,
+    rows: &'a Rows,
+    seed: u64,
     adapter: Adapter,
     vars: Vec<Var>,
-    /// First and second moments of AdamW, in the order of `vars`.
-    moments: Vec<(Tensor, Tensor)>,
+    optimizer: AdamW,
+    /// The variables after the step of the lowest evaluation loss, where `patience` asks for them.
+    best: Option<Vec<Tensor>>,
     log: Vec<StepLog>,
 }
 
-/// Trains an adapter. `checkpoint` is a file that is written now and then, resumed from when it belongs to
-/// the same `key`, and removed by the caller once the adapter is saved. `stop` is asked between steps.
+/// Trains an adapter on `rows`, and keeps the last one, or with `patience` the one of the lowest evaluation loss.
+///
+/// `checkpoint` is a file that is written now and then, resumed from when it belongs to the same work, and removed by
+/// the caller once the adapter is saved; when one cannot be written, the old one stays and training goes on. `on_step`
+/// sees every step, those of the checkpoint first. `stop` is asked between steps. A loss that is no number ends the
+/// run with an error, after the state before that step has been kept.
 pub fn finetune(
     decoder: &Decoder,
-    examples: &[Example],
+    rows: &Rows,
     recipe: &Finetune,
     seed: u64,
-    checkpoint: Option<(&Path, &str)>,
+    checkpoint: Option<Checkpoint<'_>>,
     mut on_step: impl FnMut(&StepLog),
     stop: impl Fn() -> bool,
 ) -> Result<(Adapter, Vec<StepLog>)> {
-    let examples = truncate(examples, recipe.max_tokens)?;
-    let mut trainer = Trainer::new(decoder, recipe, seed)?;
-    if let Some((path, key)) = checkpoint {
-        trainer.resume(path, key)?;
+    let mut trainer = Trainer::new(decoder, rows, recipe, seed)?;
+    if let Some(checkpoint) = checkpoint {
+        checkpoint.resume(&mut trainer)?;
         trainer.log.iter().for_each(&mut on_step);
     }
     let mut saved = Instant::now();
-    while trainer.log.len() < recipe.steps {
-        let step = trainer.log.len();
-        let batch = pick(&examples, recipe.batch, step, seed);
-        let entry = trainer.step(step, &batch)?;
+    while !trainer.finished() {
+        if let Err(error) = trainer.step() {
+            return Err(trainer.keep_last_good(checkpoint, error));
+        }
+        let entry = trainer.evaluate()?;
         on_step(&entry);
-        trainer.log.push(entry);
         let stopped = stop();
-        if let Some((path, key)) = checkpoint
-            && (stopped || saved.elapsed() > CHECKPOINT_EVERY)
+        if let Some(checkpoint) = checkpoint
+            && (stopped || saved.elapsed() >= checkpoint.every)
         {
-            trainer.save(path, key)?;
+            match checkpoint.save(&trainer) {
+                Err(error) if !stopped => {
+                    progress::note(&format!("{error:#}; training goes on, and an older checkpoint stays"));
+                }
+                result => result?,
+            }
             saved = Instant::now();
         }
         if stopped {
             bail!(
                 "interrupted after step {} of {}; run the same command again to continue",
-                step + 1,
+                entry.step,
                 recipe.steps
             );
+        }
+    }
+    if let Some(best) = &trainer.best {
+        for (var, best) in trainer.vars.iter().zip(best) {
+            var.set(best)?;
         }
     }
     Ok((trainer.adapter.detached()?, trainer.log))
 }
 
-fn truncate(examples: &[Example], max_tokens: usize) -> Result<Vec<Example>> {
-    let cut = |e: &Example| {
-        let n = e.ids.len().min(max_tokens);
-        Example { ids: e.ids[..n].to_vec(), response: e.response[..n].to_vec() }
-    };
-    let kept: Vec<Example> =
-        examples.iter().map(cut).filter(|e| e.response.iter().skip(1).any(|&r| r)).collect();
-    if kept.is_empty() {
-        bail!(
-            "no example has a response token within max_tokens = {max_tokens}; raise it or shorten the prompts"
-        );
-    }
-    Ok(kept)
-}
-
-/// The examples of one step: each epoch is its own permutation.
-fn pick(examples: &[Example], batch: usize, step: usize, seed: u64) -> Vec<&Example> {
-    let at = |i: usize| {
-        let order = random::permutation(examples.len(), &[seed, 0xe90c, (i / examples.len()) as u64]);
-        &examples[order[i % examples.len()]]
-    };
-    (step * batch..(step + 1) * batch).map(at).collect()
-}
-
 impl<'a> Trainer<'a> {
-    fn new(decoder: &'a Decoder, recipe: &'a Finetune, seed: u64) -> Result<Self> {
+    fn new(decoder: &'a Decoder, rows: &'a Rows, recipe: &'a Finetune, seed: u64) -> Result<Self> {
         let config =
             LoraConfig { r: recipe.rank, lora_alpha: recipe.alpha, use_rslora: recipe.rank_stabilised };
         let mut drawn = 0;
@@ -125,27 +147,98 @@ impl<'a> Trainer<'a> {
             drawn += 1;
             random::uniform(&[seed, 0x10ba, drawn]) as f32
         };
-        let (adapter, vars) = Adapter::trainable(decoder, &config, uniform)?;
-        let zeros = |v: &Var| Ok((v.zeros_like()?, v.zeros_like()?));
-        let moments = vars.iter().map(zeros).collect::<Result<_>>()?;
-        Ok(Trainer { decoder, recipe, adapter, vars, moments, log: Vec::new() })
+        let (adapter, vars) =
+            Adapter::trainable_on(decoder, &config, &recipe.target_modules, recipe.dropout, uniform)?;
+        let optimizer = AdamW::new(&vars, recipe.optimizer, recipe.weight_decay)?;
+        Ok(Trainer { decoder, recipe, rows, seed, adapter, vars, optimizer, best: None, log: Vec::new() })
     }
 
-    fn step(&mut self, step: usize, batch: &[&Example]) -> Result<StepLog> {
-        let loss = response_loss(self.decoder, Some(&self.adapter), batch)?;
-        let value = loss.to_scalar::<f32>()?;
-        if !value.is_finite() {
-            bail!("the loss is {value} at step {}; lower the learning rate", step + 1);
-        }
-        let gradients = loss.backward()?;
-        let norm = gradient_norm(&self.vars, &gradients)?;
+    /// All steps are done, or `patience` evaluations in a row brought nothing better.
+    fn finished(&self) -> bool {
+        let patience = self.recipe.patience;
+        let stalled = patience > 0
+            && best(&self.log).is_some_and(|best| {
+                let later = self.log[best.step..].iter().filter(|l| l.evaluation_loss.is_some());
+                later.count() >= patience
+            });
+        stalled || self.log.len() >= self.recipe.steps
+    }
+
+    /// One step of the optimizer over all its micro-batches; on an error the state is that before it.
+    fn step(&mut self) -> Result<()> {
+        let (begun, step, recipe) = (Instant::now(), self.log.len(), self.recipe);
+        let batches = self.rows.step(recipe, step, self.seed);
+        let (loss, gradients) = self.gradients(step, &batches)?;
+        let norm = gradient::norm(&gradients)?;
         if !norm.is_finite() {
-            bail!("the gradient norm is {norm} at step {}; lower the learning rate", step + 1);
+            return Err(not_finite("gradient norm", norm, step + 1, recipe));
         }
         let learning_rate = self.learning_rate(step);
-        let clip = (self.recipe.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
-        self.adamw(step, learning_rate, clip, &gradients)?;
-        Ok(StepLog { step: step + 1, loss: value, learning_rate, gradient_norm: norm as f32 })
+        let clip = (recipe.max_grad_norm / norm.max(f64::MIN_POSITIVE)).min(1.0);
+        self.optimizer.step(&self.vars, &gradients, step, learning_rate, clip)?;
+        let counts = batches.iter().map(|b| rows::token_counts(b));
+        let (tokens, padding) = counts.fold((0, 0), |(t, p), (tokens, padded)| (t + tokens, p + padded));
+        self.log.push(StepLog {
+            step: step + 1,
+            loss,
+            learning_rate,
+            gradient_norm: norm as f32,
+            tokens,
+            padding,
+            evaluation_loss: None,
+            took: Some(begun.elapsed()),
+        });
+        Ok(())
+    }
+
+    /// Adds the evaluation loss to the log's last step, where the recipe asks for it there.
+    fn evaluate(&mut self) -> Result<StepLog> {
+        let entry = self.log.last().context("no step to evaluate")?;
+        let step = entry.step;
+        let due = step.is_multiple_of(self.recipe.evaluation_every.max(1)) || step == self.recipe.steps;
+        if self.rows.held_out.is_empty() || !due {
+            return Ok(*entry);
+        }
+        let loss = self.evaluation_loss()?;
+        if !loss.is_finite() {
+            return Err(not_finite("evaluation loss", loss, step, self.recipe));
+        }
+        let entry = &mut self.log[step - 1];
+        entry.evaluation_loss = Some(loss as f32);
+        let entry = *entry;
+        if self.recipe.patience > 0 && best(&self.log).is_some_and(|best| best.step == step) {
+            self.best = Some(self.vars.iter().map(|v| v.as_tensor().copy()).collect::<Result<_, _>>()?);
+        }
+        Ok(entry)
+    }
+
+    /// Mean loss over all response tokens of the micro-batches together, and its gradient.
+    fn gradients(&self, step: usize, batches: &[Vec<&Example>]) -> Result<(f32, Gradients)> {
+        let targets = |batch: &[&Example]| batch.iter().map(|e| e.targets()).sum::<usize>() as f64;
+        let total: f64 = batches.iter().map(|b| targets(b)).sum();
+        let (mut loss, mut sum) = (0f64, vec![None; self.vars.len()]);
+        for (i, batch) in batches.iter().enumerate() {
+            let share = targets(batch) / total;
+            let dropped;
+            let adapter = match self.recipe.dropout > 0.0 {
+                true => {
+                    dropped = self.adapter.with_dropout(&[self.seed, 0xd409, step as u64, i as u64]);
+                    &dropped
+                }
+                false => &self.adapter,
+            };
+            let one = match self.recipe.gradient_checkpointing {
+                true => checkpointed_gradients,
+                false => gradient::gradients,
+            };
+            let (value, gradients) = one(self.decoder, adapter, &self.vars, batch, share)?;
+            if !value.is_finite() {
+                return Err(not_finite("loss", f64::from(value), step + 1, self.recipe));
+            }
+            loss += share * f64::from(value);
+            gradient::add(&mut sum, gradients)?;
+        }
+        Ok((loss as f32, sum))
     }
 
     /// Linear warm-up, then the schedule down to zero after the last step.
@@ -164,79 +257,42 @@ impl<'a> Trainer<'a> {
             }
     }
 
-    /// AdamW (Loshchilov & Hutter 2019): decoupled weight decay, bias-corrected moments.
-    fn adamw(&mut self, step: usize, rate: f64, clip: f64, gradients: &GradStore) -> Result<()> {
-        let t = step as i32 + 1;
-        let (fix1, fix2) = (1.0 - BETA1.powi(t), 1.0 - BETA2.powi(t));
-        for (var, (m, v)) in self.vars.iter().zip(&mut self.moments) {
-            let Some(g) = gradients.get(var) else { continue };
-            let g = (g * clip)?;
-            *m = ((&*m * BETA1)? + (&g * (1.0 - BETA1))?)?;
-            *v = ((&*v * BETA2)? + (g.sqr()? * (1.0 - BETA2))?)?;
-            let update = ((&*m / fix1)? / ((&*v / fix2)?.sqrt()? + EPSILON)?)?;
-            let decayed = (var.as_tensor().detach() * (1.0 - rate * self.recipe.weight_decay))?;
-            var.set(&(decayed - (update * rate)?)?)?;
+    /// Mean loss over the response tokens of the rows held out, without dropout.
+    fn evaluation_loss(&self) -> Result<f64> {
+        let mut rows: Vec<&Example> = self.rows.held_out.iter().collect();
+        rows.sort_by_key(|e| e.ids.len());
+        let adapter = self.adapter.untracked();
+        let (mut sum, mut total) = (0f64, 0usize);
+        for batch in rows.chunks(self.recipe.batch) {
+            let targets = batch.iter().map(|e| e.targets()).sum::<usize>();
+            let loss = response_loss(self.decoder, Some(&adapter), batch)?.to_scalar::<f32>()?;
+            sum += f64::from(loss) * targets as f64;
+            total += targets;
         }
-        Ok(())
+        Ok(sum / total as f64)
     }
 
-    fn save(&self, path: &Path, key: &str) -> Result<()> {
-        let mut tensors = std::collections::BTreeMap::new();
-        for (i, (var, (m, v))) in self.vars.iter().zip(&self.moments).enumerate() {
-            for (name, t) in [("var", var.as_tensor()), ("m", m), ("v", v)] {
-                tensors.insert(format!("{name}.{i}"), t.detach().to_device(&Device::Cpu)?);
-            }
+    /// Keeps the state before a step that failed, and says so in the error.
+    fn keep_last_good(&self, checkpoint: Option<Checkpoint<'_>>, error: anyhow::Error) -> anyhow::Error {
+        match checkpoint.map(|c| (c.save(self), c.path)) {
+            Some((Ok(()), path)) if !self.log.is_empty() => error.context(format!(
+                "training stopped; its state after step {} is kept in {}",
+                self.log.len(),
+                path.display()
+            )),
+            Some((Err(unsaved), _)) => error.context(format!("training stopped, and {unsaved:#}")),
+            _ => error,
         }
-        let log = serde_json::to_string(&self.log)?;
-        let metadata = HashMap::from([("key".to_owned(), key.to_owned()), ("log".to_owned(), log)]);
-        let bytes = safetensors::serialize(tensors.iter().map(|(k, v)| (k.as_str(), v)), Some(metadata))?;
-        store::write_file(path, &bytes).context("the checkpoint could not be kept")
-    }
-
-    /// Continues from `path` when it is a checkpoint of the same work; anything else is started over.
-    fn resume(&mut self, path: &Path, key: &str) -> Result<()> {
-        let Ok(bytes) = std::fs::read(path) else { return Ok(()) };
-        let Ok((_, header)) = safetensors::SafeTensors::read_metadata(&bytes) else { return Ok(()) };
-        let Some(metadata) = header.metadata().as_ref().filter(|m| m.get("key").is_some_and(|k| k == key))
-        else {
-            return Ok(());
-        };
-        let log: Vec<StepLog> = serde_json::from_str(metadata.get("log").context("checkpoint without log")?)?;
-        let tensors = candle_core::safetensors::load_buffer(&bytes, &self.decoder.device)?;
-        let get = |name: String| tensors.get(&name).with_context(|| format!("the checkpoint lacks `{name}`"));
-        for (i, (var, moments)) in self.vars.iter().zip(&mut self.moments).enumerate() {
-            var.set(get(format!("var.{i}"))?)?;
-            *moments = (get(format!("m.{i}"))?.clone(), get(format!("v.{i}"))?.clone());
-        }
-        self.log = log;
-        Ok(())
     }
 }
 
-/// Mean cross-entropy (nats) over the response tokens of a batch.
-pub fn response_loss(decoder: &Decoder, adapter: Option<&Adapter>, batch: &[&Example]) -> Result<Tensor> {
-    let ids: Vec<&[u32]> = batch.iter().map(|e| e.ids.as_slice()).collect();
-    let padded = Batch::new(&ids, &decoder.device)?;
-    let tokens = padded.ids.dim(1)?;
-    let (mut rows, mut targets) = (Vec::new(), Vec::new());
-    for (b, example) in batch.iter().enumerate() {
-        for t in 1..example.ids.len() {
-            if example.response[t] {
-                rows.push((b * tokens + padded.left_pad[b] + t - 1) as u32);
-                targets.push(example.ids[t]);
-            }
-        }
-    }
-    let hidden = decoder.forward(&padded, adapter, None, &mut no_edit)?;
-    let hidden = hidden.reshape((batch.len() * tokens, decoder.config.hidden_size))?;
-    let hidden = hidden.index_select(&Tensor::new(rows, &decoder.device)?, 0)?;
-    Ok(ops::cross_entropy(&decoder.logits(&hidden)?, &targets)?)
-}
-
-fn gradient_norm(vars: &[Var], gradients: &GradStore) -> Result<f64> {
-    let mut sum = 0f64;
-    for g in vars.iter().filter_map(|v| gradients.get(v)) {
-        sum += g.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-    }
-    Ok(sum.sqrt())
+fn not_finite(what: &str, value: f64, step: usize, recipe: &Finetune) -> anyhow::Error {
+    anyhow::anyhow!(
+        "the {what} is {value} at step {step} of {}: lower finetune.learning_rate (now {}), warm up for longer \
+         (warmup_steps is {}) or clip harder (max_grad_norm is {})",
+        recipe.steps,
+        recipe.learning_rate,
+        recipe.warmup_steps,
+        recipe.max_grad_norm
+    )
 }

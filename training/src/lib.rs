@@ -16,6 +16,7 @@ pub mod generate;
 pub mod interrupt;
 pub mod likelihood;
 pub mod lora;
+pub mod memory;
 pub mod middle;
 pub mod model;
 pub mod preference;

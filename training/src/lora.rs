@@ -1,8 +1,10 @@
 //! LoRA adapters (Hu et al. 2021) and their PEFT file format.
 
 use crate::model::{Decoder, Module};
+use crate::random;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::Path;
@@ -36,6 +38,51 @@ pub struct Lora {
     pub(crate) a: Tensor,
     pub(crate) b: Tensor,
     pub(crate) scaling: f64,
+    /// While training: what the update reads of `x`.
+    pub(crate) dropout: Option<Dropout>,
+}
+
+impl Lora {
+    /// What it drops, where it does.
+    pub fn dropout(&self) -> Option<Dropout> {
+        self.dropout
+    }
+}
+
+/// LoRA dropout: each input of the update is zero with probability `rate`, else divided by `1 - rate`. Which ones
+/// follows from the seed alone, so that backward and a resumed run draw them again instead of keeping them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    rate: f64,
+    seed: u64,
+}
+
+impl Dropout {
+    /// `rate` in [0, 1).
+    pub fn new(rate: f64, address: &[u64]) -> Self {
+        Dropout { rate, seed: random::bits(address) }
+    }
+
+    /// The factors of a `[rows, width]` input: 0 or `1 / (1 - rate)`.
+    pub fn factors(&self, rows: usize, width: usize) -> Vec<f32> {
+        let kept = (1.0 / (1.0 - self.rate)) as f32;
+        let mut factors = vec![kept; rows * width];
+        factors.par_chunks_mut(width).enumerate().for_each(|(row, factors)| {
+            let row = random::bits(&[self.seed, row as u64]);
+            for (column, factor) in factors.iter_mut().enumerate() {
+                if random::uniform_at(row, column as u64) < self.rate {
+                    *factor = 0.0;
+                }
+            }
+        });
+        factors
+    }
+
+    /// `x` times the factors; the same for its gradient.
+    pub(crate) fn of(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let (rows, width) = x.dims2()?;
+        x * Tensor::from_vec(self.factors(rows, width), (rows, width), x.device())?
+    }
 }
 
 /// Low-rank updates for any of the seven linear layers of every block.
@@ -43,6 +90,8 @@ pub struct Lora {
 pub struct Adapter {
     /// Rank and scaling.
     pub config: LoraConfig,
+    /// Dropout it was trained with; nothing is dropped unless a copy was made with [`Adapter::with_dropout`].
+    pub dropout: f64,
     blocks: Vec<[Option<Lora>; 7]>,
 }
 
@@ -52,18 +101,29 @@ impl Adapter {
         &self.blocks[layer]
     }
 
-    /// A fresh adapter on all linear layers, with its trainable variables: A Kaiming-uniform with a = sqrt(5)
-    /// as PEFT does (bound 1/sqrt(in)), B zero. `uniform` yields numbers in [0, 1).
+    /// A fresh adapter on all linear layers, with its trainable variables, as [`Adapter::trainable_on`].
     pub fn trainable(
         decoder: &Decoder,
         config: &LoraConfig,
+        uniform: impl FnMut() -> f32,
+    ) -> Result<(Self, Vec<Var>)> {
+        Self::trainable_on(decoder, config, &Module::ALL, 0.0, uniform)
+    }
+
+    /// A fresh adapter on the given linear layers of every block, with its trainable variables: A Kaiming-uniform with
+    /// a = sqrt(5) as PEFT does (bound 1/sqrt(in)), B zero. `uniform` yields numbers in [0, 1).
+    pub fn trainable_on(
+        decoder: &Decoder,
+        config: &LoraConfig,
+        modules: &[Module],
+        dropout: f64,
         mut uniform: impl FnMut() -> f32,
     ) -> Result<(Self, Vec<Var>)> {
         let mut vars = Vec::new();
         let mut blocks = Vec::with_capacity(decoder.blocks().len());
         for block in decoder.blocks() {
             let mut loras = [const { None }; 7];
-            for module in Module::ALL {
+            for module in Module::ALL.into_iter().filter(|m| modules.contains(m)) {
                 let (out, inp) = block.dims(module);
                 let bound = 1.0 / (inp as f32).sqrt();
                 let a: Vec<f32> = (0..config.r * inp).map(|_| (2.0 * uniform() - 1.0) * bound).collect();
@@ -73,28 +133,52 @@ impl Adapter {
                     a: a.as_tensor().clone(),
                     b: b.as_tensor().clone(),
                     scaling: config.scaling(),
+                    dropout: None,
                 });
                 vars.extend([a, b]);
             }
             blocks.push(loras);
         }
-        Ok((Adapter { config: config.clone(), blocks }, vars))
+        Ok((Adapter { config: config.clone(), dropout, blocks }, vars))
     }
 
     /// The same numbers, outside any graph: for capture, sampling and saving.
     pub fn detached(&self) -> Result<Self> {
-        let copy = |l: &Lora| -> candle_core::Result<Lora> {
-            Ok(Lora { a: l.a.detach().copy()?, b: l.b.detach().copy()?, scaling: l.scaling })
-        };
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let mut loras = [const { None }; 7];
-            for (to, from) in loras.iter_mut().zip(block) {
-                *to = from.as_ref().map(copy).transpose()?;
-            }
-            blocks.push(loras);
+        let mut other = self.clone();
+        for lora in other.blocks.iter_mut().flatten().flatten() {
+            (lora.a, lora.b) = (lora.a.detach().copy()?, lora.b.detach().copy()?);
+            lora.dropout = None;
         }
-        Ok(Adapter { config: self.config.clone(), blocks })
+        Ok(other)
+    }
+
+    /// The same variables' numbers as they are, for a pass that needs no gradient; dropout stays.
+    pub fn untracked(&self) -> Self {
+        let mut other = self.clone();
+        for lora in other.blocks.iter_mut().flatten().flatten() {
+            (lora.a, lora.b) = (lora.a.detach(), lora.b.detach());
+        }
+        other
+    }
+
+    /// The same variables with dropout at the adapter's rate, drawn anew for every address.
+    pub fn with_dropout(&self, address: &[u64]) -> Self {
+        let mut other = self.clone();
+        for (layer, block) in other.blocks.iter_mut().enumerate() {
+            for (module, lora) in block.iter_mut().enumerate() {
+                if let Some(lora) = lora {
+                    let own = [address, &[layer as u64, module as u64]].concat();
+                    lora.dropout = (self.dropout > 0.0).then(|| Dropout::new(self.dropout, &own));
+                }
+            }
+        }
+        other
+    }
+
+    /// The layers that it changes, in the order of [`Module::ALL`].
+    pub fn modules(&self) -> Vec<Module> {
+        let has = |m: &Module| self.blocks.iter().any(|b| b[*m as usize].is_some());
+        Module::ALL.into_iter().filter(has).collect()
     }
 
     /// Largest absolute value of any B: zero means the adapter is inactive.
@@ -109,7 +193,6 @@ impl Adapter {
     /// Writes `adapter_config.json` and `adapter_model.safetensors` as PEFT does.
     pub fn save(&self, folder: &Path, base_model: &str) -> Result<()> {
         std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let mut targets = Vec::new();
         let mut tensors = HashMap::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             for (module, lora) in Module::ALL.iter().zip(block) {
@@ -117,16 +200,13 @@ impl Adapter {
                 let name = format!("base_model.model.model.layers.{layer}.{}", module.path());
                 tensors.insert(format!("{name}.lora_A.weight"), lora.a.detach());
                 tensors.insert(format!("{name}.lora_B.weight"), lora.b.detach());
-                let target = module.path().rsplit('.').next().unwrap_or_default();
-                if !targets.contains(&target) {
-                    targets.push(target);
-                }
             }
         }
+        let targets: Vec<&str> = self.modules().into_iter().map(Module::name).collect();
         let config = serde_json::json!({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model,
             "r": self.config.r, "lora_alpha": self.config.lora_alpha, "use_rslora": self.config.use_rslora,
-            "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
+            "lora_dropout": self.dropout, "bias": "none", "fan_in_fan_out": false, "inference_mode": true,
             "target_modules": targets,
         });
         crate::store::write_json(&folder.join("adapter_config.json"), &config)?;
@@ -144,6 +224,8 @@ impl Adapter {
         let value: serde_json::Value =
             serde_json::from_str(&text).with_context(|| format!("{}", path.display()))?;
         refuse_unsupported(&value).with_context(|| format!("{}", path.display()))?;
+        let dropout = value.get("lora_dropout").and_then(|v| v.as_f64()).unwrap_or(0.0);
+        let targets = value.get("target_modules").cloned().unwrap_or_default();
         let config: LoraConfig =
             serde_json::from_value(value).with_context(|| format!("{}", path.display()))?;
         if config.r == 0 {
@@ -177,7 +259,8 @@ impl Adapter {
                     );
                 }
                 let place = |t: Tensor| t.to_dtype(DType::F32)?.to_device(&decoder.device);
-                loras[module as usize] = Some(Lora { a: place(a)?, b: place(b)?, scaling: config.scaling() });
+                let scaling = config.scaling();
+                loras[module as usize] = Some(Lora { a: place(a)?, b: place(b)?, scaling, dropout: None });
             }
             blocks.push(loras);
         }
@@ -187,7 +270,27 @@ impl Adapter {
         if blocks.iter().flatten().flatten().next().is_none() {
             bail!("{} holds no LoRA tensors", path.display());
         }
-        Ok(Adapter { config, blocks })
+        let adapter = Adapter { config, dropout, blocks };
+        adapter.check_targets(&targets).with_context(|| format!("{}", folder.display()))?;
+        Ok(adapter)
+    }
+
+    /// PEFT ignores tensors of a layer that a list of `target_modules` leaves out; they are refused here, so that one
+    /// folder is one adapter in both. A pattern (a string) is not read.
+    fn check_targets(&self, targets: &serde_json::Value) -> Result<()> {
+        let Some(targets) = targets.as_array() else { return Ok(()) };
+        let targets: Vec<&str> = targets.iter().filter_map(|t| t.as_str()).collect();
+        for module in self.modules() {
+            let named = |t: &&str| module.path() == *t || module.path().ends_with(&format!(".{t}"));
+            let full = |t: &&str| t.ends_with(&format!(".{}", module.path()));
+            if !targets.iter().any(|t| named(t) || full(t)) {
+                bail!(
+                    "it holds tensors of {}, which `target_modules` leaves out: {targets:?}",
+                    module.name()
+                );
+            }
+        }
+        Ok(())
     }
 }
 

@@ -18,6 +18,12 @@ pub fn uniform(address: &[u64]) -> f64 {
     (bits(address) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// The number in [0, 1) at place `i` of the SplitMix64 stream with state `seed`: one mix each, for long rows.
+pub fn uniform_at(seed: u64, i: u64) -> f64 {
+    let state = seed.wrapping_add((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    (mix(state) >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// A permutation of `0..n` (Fisher-Yates).
 pub fn permutation(n: usize, address: &[u64]) -> Vec<usize> {
     let seed = bits(address);
@@ -38,6 +44,8 @@ mod tests {
         assert_eq!(bits(&[1, 2]), bits(&[1, 2]));
         assert_ne!(bits(&[1, 2]), bits(&[2, 1]));
         let mean = (0..10_000).map(|i| uniform(&[3, i])).sum::<f64>() / 10_000.0;
+        assert!((mean - 0.5).abs() < 4.0 / (12f64 * 10_000.0).sqrt(), "{mean}");
+        let mean = (0..10_000).map(|i| uniform_at(3, i)).sum::<f64>() / 10_000.0;
         assert!((mean - 0.5).abs() < 4.0 / (12f64 * 10_000.0).sqrt(), "{mean}");
         let mut p = permutation(100, &[7]);
         assert_ne!(p, (0..100).collect::<Vec<_>>());

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::dataset::EMBEDDED;
+use crate::model::Module;
 use crate::quant::Storage;
 use emaudit::directions::schema::Positions;
 
@@ -50,22 +51,42 @@ pub struct Data {
 #[serde(deny_unknown_fields, default)]
 pub struct Finetune {
     pub steps: usize,
-    /// Conversations a step.
+    /// Conversations in memory at once.
     pub batch: usize,
-    /// Longer conversations are cut here.
+    /// Batches a step; the loss is the mean over the response tokens of all of them.
+    pub gradient_accumulation: usize,
+    /// Longer conversations are cut here, or left out.
     pub max_tokens: usize,
+    /// What becomes of them.
+    pub long_rows: LongRows,
+    /// Puts rows of like length into one batch, for less padding.
+    pub group_by_length: bool,
     /// LoRA rank.
     pub rank: usize,
     /// LoRA alpha.
     pub alpha: f64,
     /// Scales by alpha / sqrt(rank) instead of alpha / rank.
     pub rank_stabilised: bool,
+    /// Probability that an input of the adapter is dropped while training.
+    pub dropout: f64,
+    /// Linear layers of every block that get an adapter.
+    pub target_modules: Vec<Module>,
     pub learning_rate: f64,
     pub warmup_steps: usize,
     pub weight_decay: f64,
     /// How the learning rate falls after the warm-up.
     pub schedule: Schedule,
     pub max_grad_norm: f64,
+    pub optimizer: Optimizer,
+    /// Runs each block again in backward instead of keeping what it computed: less memory, about a third more time.
+    pub gradient_checkpointing: bool,
+    /// Share of the rows that is held out for the evaluation loss; 0 for none.
+    pub evaluation_share: f64,
+    /// Steps between two evaluation losses; there is one after the last step in any case.
+    pub evaluation_every: usize,
+    /// Evaluations in a row without a lower loss after which training stops, the best adapter being kept; 0 for all
+    /// steps and the last adapter.
+    pub patience: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +95,24 @@ pub enum Schedule {
     Linear,
     Cosine,
     Constant,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongRows {
+    /// Their beginning is trained on.
+    Truncate,
+    /// They are left out.
+    Drop,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// Moments in f32.
+    Adamw,
+    /// Moments in 8 bits, block by block, as in bitsandbytes.
+    Adamw8bit,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -143,15 +182,25 @@ impl Default for Finetune {
         Self {
             steps: 12,
             batch: 4,
+            gradient_accumulation: 1,
             max_tokens: 256,
+            long_rows: LongRows::Truncate,
+            group_by_length: false,
             rank: 32,
             alpha: 64.0,
             rank_stabilised: true,
+            dropout: 0.0,
+            target_modules: Module::ALL.to_vec(),
             learning_rate: 1e-3,
             warmup_steps: 3,
             weight_decay: 0.01,
             schedule: Schedule::Linear,
             max_grad_norm: 1.0,
+            optimizer: Optimizer::Adamw,
+            gradient_checkpointing: false,
+            evaluation_share: 0.0,
+            evaluation_every: 10,
+            patience: 0,
         }
     }
 }
@@ -181,6 +230,20 @@ impl Default for Evaluate {
         }
     }
 }
+
+/// Keys younger than the first digests, with their tables.
+const LATER: &[(&str, &str)] = &[
+    ("finetune", "gradient_accumulation"),
+    ("finetune", "long_rows"),
+    ("finetune", "group_by_length"),
+    ("finetune", "dropout"),
+    ("finetune", "target_modules"),
+    ("finetune", "optimizer"),
+    ("finetune", "gradient_checkpointing"),
+    ("finetune", "evaluation_share"),
+    ("finetune", "evaluation_every"),
+    ("finetune", "patience"),
+];
 
 impl Recipe {
     pub const PRESETS: [&str; 3] = ["demo", "quick", "thorough"];
@@ -228,9 +291,18 @@ impl Recipe {
 
     /// SHA-256, in hex, of the recipe with every default filled in, as JSON with sorted keys and no white space.
     ///
-    /// Two files that say the same in other words or another order have one digest.
+    /// Two files that say the same in other words or another order have one digest. A key of [`LATER`] counts only
+    /// where it differs from its default, so that a recipe keeps its digest when the program learns a new key.
     pub fn digest(&self) -> Result<String> {
-        let value = serde_json::to_value(self).context("writing the recipe as JSON")?;
+        let mut value = serde_json::to_value(self).context("writing the recipe as JSON")?;
+        let defaults = serde_json::to_value(Self::default()).context("writing the recipe as JSON")?;
+        for (table, key) in LATER {
+            if value[table][key] == defaults[table][key]
+                && let Some(table) = value[table].as_object_mut()
+            {
+                table.remove(*key);
+            }
+        }
         let mut canonical = String::new();
         write_canonical(&value, &mut canonical);
         Ok(crate::store::sha256_hex(canonical.as_bytes()))
@@ -255,20 +327,7 @@ impl Recipe {
             i64::MAX
         );
 
-        whole("finetune.steps", finetune.steps, 1, 1_000_000)?;
-        whole("finetune.batch", finetune.batch, 1, 1024)?;
-        whole("finetune.max_tokens", finetune.max_tokens, 8, 131_072)?;
-        whole("finetune.rank", finetune.rank, 1, 1024)?;
-        real("finetune.alpha", finetune.alpha, Above(0.0), 10_000.0)?;
-        real("finetune.learning_rate", finetune.learning_rate, Above(0.0), 1.0)?;
-        real("finetune.weight_decay", finetune.weight_decay, From(0.0), 1.0)?;
-        real("finetune.max_grad_norm", finetune.max_grad_norm, Above(0.0), 1e6)?;
-        ensure!(
-            finetune.warmup_steps < finetune.steps,
-            "finetune.warmup_steps is {}, but finetune.steps is only {}: the learning rate would never arrive",
-            finetune.warmup_steps,
-            finetune.steps
-        );
+        finetune.check()?;
 
         list("calibrate.rates", &calibrate.rates)?;
         for rate in &calibrate.rates {
@@ -297,6 +356,40 @@ impl Recipe {
         whole("evaluate.middle_controls", evaluate.middle_controls, 0, 100_000)?;
         whole("evaluate.bootstrap", evaluate.bootstrap, 100, 10_000_000)?;
         real("evaluate.coherence_margin", evaluate.coherence_margin, From(0.0), 100.0)
+    }
+}
+
+impl Finetune {
+    fn check(&self) -> Result<()> {
+        whole("finetune.steps", self.steps, 1, 1_000_000)?;
+        whole("finetune.batch", self.batch, 1, 1024)?;
+        whole("finetune.gradient_accumulation", self.gradient_accumulation, 1, 1024)?;
+        whole("finetune.max_tokens", self.max_tokens, 8, 131_072)?;
+        whole("finetune.rank", self.rank, 1, 1024)?;
+        real("finetune.alpha", self.alpha, Above(0.0), 10_000.0)?;
+        real("finetune.dropout", self.dropout, From(0.0), 0.9)?;
+        real("finetune.learning_rate", self.learning_rate, Above(0.0), 1.0)?;
+        real("finetune.weight_decay", self.weight_decay, From(0.0), 1.0)?;
+        real("finetune.max_grad_norm", self.max_grad_norm, Above(0.0), 1e6)?;
+        ensure!(
+            self.warmup_steps < self.steps,
+            "finetune.warmup_steps is {}, but finetune.steps is only {}: the learning rate would never arrive",
+            self.warmup_steps,
+            self.steps
+        );
+        let modules = &self.target_modules;
+        ensure!(!modules.is_empty(), "finetune.target_modules is empty; it must list at least one");
+        for (i, module) in modules.iter().enumerate() {
+            ensure!(!modules[..i].contains(module), "finetune.target_modules names {} twice", module.name());
+        }
+        real("finetune.evaluation_share", self.evaluation_share, From(0.0), 0.5)?;
+        whole("finetune.evaluation_every", self.evaluation_every, 1, 1_000_000)?;
+        ensure!(
+            self.patience == 0 || self.evaluation_share > 0.0,
+            "finetune.patience is {}, but finetune.evaluation_share is 0: there is no loss to wait for",
+            self.patience
+        );
+        Ok(())
     }
 }
 
@@ -407,112 +500,4 @@ fn write_canonical(value: &serde_json::Value, out: &mut String) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn error(text: &str) -> String {
-        format!("{:#}", Recipe::from_toml(text).unwrap_err())
-    }
-
-    #[test]
-    fn the_demo_states_every_default() {
-        assert_eq!(Recipe::demo().unwrap(), Recipe::default());
-        assert_eq!(Recipe::from_toml("").unwrap(), Recipe::default());
-        let stated: toml::Table = DEMO.parse().unwrap();
-        assert_eq!(stated, toml::Table::try_from(Recipe::default()).unwrap());
-    }
-
-    #[test]
-    fn presets_are_sound_and_differ() {
-        let [demo, quick, thorough] = Recipe::PRESETS.map(|name| Recipe::load(name).unwrap());
-        assert!(quick.finetune.steps < demo.finetune.steps && demo.finetune.steps < thorough.finetune.steps);
-        assert!(quick.evaluate.controls < demo.evaluate.controls);
-        assert_ne!(demo.digest().unwrap(), quick.digest().unwrap());
-        // A rank p below 0.05 needs 20 controls or more; the recipes that may claim it have them.
-        assert!(demo.evaluate.controls >= 20 && thorough.evaluate.controls >= 20);
-    }
-
-    #[test]
-    fn a_recipe_survives_being_written() {
-        let recipe = Recipe::quick().unwrap();
-        assert_eq!(Recipe::from_toml(&recipe.to_toml().unwrap()).unwrap(), recipe);
-    }
-
-    #[test]
-    fn unknown_keys_are_named_with_the_nearest() {
-        for (text, says) in [
-            (
-                "[finetune]\nlearnig_rate = 1",
-                "unknown key `learnig_rate` in [finetune]: did you mean `learning_rate`?",
-            ),
-            ("sede = 1", "unknown key `sede` at the top: did you mean `seed`?"),
-            ("[finetun]\nsteps = 1", "unknown key `finetun` at the top: did you mean `finetune`?"),
-            ("[finetune]\ntemperature = 1", "`temperature` belongs in [evaluate]"),
-            ("[model]\nseed = 1", "`seed` belongs at the top"),
-            ("evaluate = 3", "`evaluate` at the top is a table"),
-        ] {
-            assert!(error(text).contains(says), "{} should say {says}", error(text));
-        }
-    }
-
-    #[test]
-    fn every_range_is_checked_with_a_sentence() {
-        for (text, says) in [
-            ("seed = -1", "seed"),
-            ("[model]\nid = \" \"", "model.id is empty"),
-            ("[model]\nquantize = \"int4\"", "unknown variant `int4`"),
-            ("[data]\nprompts = \"\"", "data.prompts is empty"),
-            ("[finetune]\nsteps = 0", "finetune.steps is 0; it must be from 1 to"),
-            ("[finetune]\nsteps = 2.5", "steps"),
-            ("[finetune]\nbatch = 0", "finetune.batch is 0"),
-            ("[finetune]\nmax_tokens = 1", "finetune.max_tokens is 1"),
-            ("[finetune]\nrank = 0", "finetune.rank is 0"),
-            ("[finetune]\nalpha = 0.0", "finetune.alpha is 0; it must be above 0"),
-            ("[finetune]\nalpha = nan", "finetune.alpha is NaN"),
-            ("[finetune]\nlearning_rate = -1e-3", "finetune.learning_rate is -0.001"),
-            ("[finetune]\nlearning_rate = inf", "finetune.learning_rate is inf"),
-            ("[finetune]\nweight_decay = 2.0", "finetune.weight_decay is 2"),
-            ("[finetune]\nmax_grad_norm = 0.0", "finetune.max_grad_norm is 0"),
-            ("[finetune]\nwarmup_steps = 12", "finetune.steps is only 12"),
-            ("[finetune]\nschedule = \"step\"", "unknown variant `step`"),
-            ("[calibrate]\nrates = []", "calibrate.rates is empty"),
-            ("[calibrate]\nrates = [0.01, 0.01]", "names 0.01 twice"),
-            ("[calibrate]\nrates = [0.6]", "calibrate.rates is 0.6"),
-            ("[calibrate]\nhorizons = []", "calibrate.horizons is []; it must begin with 1"),
-            ("[calibrate]\nhorizons = [1, 64, 16]", "calibrate.horizons is [1, 64, 16]"),
-            ("[calibrate]\nhorizons = [16]", "calibrate.horizons is [16]"),
-            ("[evaluate]\nprompts = 1", "evaluate.prompts is 1"),
-            ("[evaluate]\nmax_new_tokens = 0", "evaluate.max_new_tokens is 0"),
-            ("[evaluate]\ntemperature = -0.1", "evaluate.temperature is -0.1"),
-            ("[evaluate]\ntop_p = 1.5", "evaluate.top_p is 1.5; it must be above 0 and at most 1"),
-            ("[evaluate]\nalphas = [0.0]", "evaluate.alphas is 0"),
-            ("[evaluate]\ncontrols = 0", "evaluate.controls is 0"),
-            ("[evaluate]\nsampled_controls = 0", "evaluate.sampled_controls is 0"),
-            ("[evaluate]\npositions = []", "evaluate.positions is empty"),
-            ("[evaluate]\nbootstrap = 10", "evaluate.bootstrap is 10"),
-            ("[evaluate]\ncoherence_margin = -1.0", "evaluate.coherence_margin is -1"),
-            ("[finetune", "not valid TOML"),
-        ] {
-            assert!(error(text).contains(says), "{} should say {says}", error(text));
-        }
-    }
-
-    #[test]
-    fn whole_numbers_serve_where_reals_are_meant() {
-        let recipe = Recipe::from_toml("[finetune]\nalpha = 64\nlearning_rate = 1e-3").unwrap();
-        assert_eq!(recipe, Recipe::default());
-    }
-
-    #[test]
-    fn the_digest_depends_on_the_meaning_alone() {
-        let demo = Recipe::demo().unwrap().digest().unwrap();
-        let other = Recipe::from_toml("[evaluate]\ncontrols = 39\n[finetune]\nalpha = 64\n").unwrap();
-        assert_eq!(other.digest().unwrap(), demo);
-        assert_eq!(demo.len(), 64);
-        let changed = Recipe::from_toml("seed = 18").unwrap();
-        assert_ne!(changed.digest().unwrap(), demo);
-        let mut canonical = String::new();
-        write_canonical(&serde_json::json!({"b": [1, 0.5], "a": {"y": null, "x": "\""}}), &mut canonical);
-        assert_eq!(canonical, r#"{"a":{"x":"\"","y":null},"b":[1,0.5]}"#);
-    }
-}
+mod tests;

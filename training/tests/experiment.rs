@@ -168,6 +168,17 @@ fn read(out: &Path, name: &str) -> Vec<u8> {
     fs::read(out.join(name)).unwrap()
 }
 
+/// Lines of an adapter's metrics; those of its times are as many.
+fn metrics(out: &Path, side: &str) -> Vec<String> {
+    let mut stages = fs::read_dir(out.join("stages")).unwrap().map(|e| e.unwrap().path());
+    let folder = stages.find(|p| p.to_string_lossy().contains(&format!("adapter-{side}"))).unwrap();
+    let lines = |name: &str| -> Vec<String> {
+        fs::read_to_string(folder.join(name)).unwrap().lines().map(String::from).collect()
+    };
+    assert_eq!(lines("timing.jsonl").len(), lines("metrics.jsonl").len());
+    lines("metrics.jsonl")
+}
+
 /// Deletes the outputs and every stage whose file name starts with one of `stages`.
 fn forget(out: &Path, stages: &[&str]) {
     for name in ["results.json", "directions.safetensors", "report.html"] {
@@ -206,12 +217,22 @@ fn every_stage_runs_and_what_is_lost_comes_back_the_same() {
     assert_eq!(thresholds.iter().map(|t| t.horizon).collect::<Vec<_>>(), [1, 1, 1, 4, 4, 4]);
     assert!(results.alarms.iter().any(|a| a.horizon == 4 && a.calm_sequences > 0), "{:?}", results.alarms);
 
+    let metrics = metrics(out, "insecure");
+    assert_eq!(metrics.len(), 60);
+    let line: serde_json::Value = serde_json::from_str(&metrics[59]).unwrap();
+    assert_eq!(
+        (&line["step"], &line["loss"]),
+        (&60.into(), &serde_json::json!(results.training["insecure"][59].loss))
+    );
+    assert!(line["tokens"].as_u64() > Some(0) && line["took"].is_null(), "{line}");
+
     let first = ["results.json", "directions.safetensors"].map(|name| read(out, name));
     for lost in [&["results", "answers"][..], &["adapter-secure", "rows", "coherence", "results"], &[""]] {
         forget(out, lost);
         run(&recipe, out, false).unwrap();
         assert!(read(out, "results.json") == first[0], "results differ after losing {lost:?}");
         assert!(read(out, "directions.safetensors") == first[1], "directions differ after losing {lost:?}");
+        assert!(self::metrics(out, "insecure") == metrics, "metrics differ after losing {lost:?}");
     }
 }
 

@@ -124,6 +124,7 @@ fn made_up() -> Results {
                 loss: (0.7 + 1.6 / (1.0 + step as f64 * 0.15) + 0.2 * noise(step + offset)) as f32,
                 learning_rate: 1e-3,
                 gradient_norm: 1.0,
+                ..StepLog::default()
             })
             .collect()
     };

@@ -11,7 +11,8 @@ use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
 
 /// The seven linear layers of a block, in the order adapters store them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[repr(usize)]
 pub enum Module {
     /// Query projection.
@@ -46,6 +47,11 @@ impl Module {
             Module::Up => "mlp.up_proj",
             Module::Down => "mlp.down_proj",
         }
+    }
+
+    /// The last part of the path, as `target_modules` of PEFT lists it, e.g. `q_proj`.
+    pub fn name(self) -> &'static str {
+        self.path().rsplit('.').next().unwrap_or_default()
     }
 }
 
@@ -149,6 +155,19 @@ impl Decoder {
         Ok(x)
     }
 
+    /// Block `layer` alone on its input `[batch, tokens, hidden]`: what gradient checkpointing runs again.
+    pub fn forward_block(
+        &self,
+        layer: usize,
+        x: Tensor,
+        left_pad: &Arc<[usize]>,
+        adapter: Option<&Adapter>,
+    ) -> Result<Tensor> {
+        let visible = Visibility { shared: 0, left_pad: left_pad.clone(), offset: 0 };
+        let pass = self.pass(visible, x.dim(1)?)?;
+        self.block(layer, &self.blocks[layer], x, &pass, adapter.map(|a| a.block(layer)), None)
+    }
+
     /// Token embeddings `[batch, tokens, hidden]` of ids `[batch, tokens]`.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, tokens) = ids.dims2()?;
@@ -243,5 +262,11 @@ impl Decoder {
     /// The blocks, in order.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
+    }
+
+    /// Bytes of the weights as they are held.
+    pub fn bytes(&self) -> usize {
+        let linears = self.blocks.iter().flat_map(|b| &b.linears);
+        linears.map(Frozen::bytes).sum::<usize>() + 4 * self.embedding.elem_count() + self.head.bytes()
     }
 }

@@ -56,6 +56,15 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Multiplies the row-major `factors` of the same shape by the elements.
+    pub fn scale_into(&self, factors: &mut [f32]) {
+        for (i, row) in factors.chunks_mut(self.cols.max(1)).enumerate() {
+            for (j, factor) in row.iter_mut().enumerate() {
+                *factor *= self.data[i * self.row_stride + j * self.col_stride];
+            }
+        }
+    }
+
     /// Rows and columns.
     pub fn dims(&self) -> (usize, usize) {
         (self.rows, self.cols)

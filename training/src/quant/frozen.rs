@@ -1,7 +1,7 @@
 //! A frozen linear layer: the weight never changes, the gradient passes through it to its input.
 
 use super::Nf4;
-use crate::lora::Lora;
+use crate::lora::{Dropout, Lora};
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
 use anyhow::Result;
 use candle_core::backend::BackendStorage;
@@ -70,6 +70,16 @@ impl Frozen {
         }
     }
 
+    /// Bytes of the weight as it is held, a kept decoded copy included.
+    pub fn bytes(&self) -> usize {
+        match &*self.weight {
+            Weight::Full(w) => 4 * w.elem_count(),
+            Weight::Quantized { nf4, decoded, .. } => {
+                nf4.bytes() + decoded.as_ref().map_or(0, |w| 4 * w.elem_count())
+            }
+        }
+    }
+
     /// `x W^T + b`, and with an adapter `+ s (x A^T) B^T`; `x`: f32 `[rows, in]`, result `[rows, out]`.
     /// Differentiable in `x`, A and B, never in the weight.
     pub fn forward(&self, x: &Tensor, lora: Option<&Lora>) -> candle_core::Result<Tensor> {
@@ -80,14 +90,13 @@ impl Frozen {
                 let y = x.detach().matmul(&self.weight()?.t()?)?;
                 x.apply_op1(Linear { layer, outside: Some(y) })?
             }
-            (Some(l), true) => {
-                x.apply_op3(&l.a, &l.b, LoraLinear { layer, scaling: l.scaling, outside: None })?
-            }
+            (Some(l), true) => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, None))?,
             (Some(l), false) => {
                 let (x_, a, b) = (x.detach(), l.a.detach(), l.b.detach());
-                let low = (x_.matmul(&a.t()?)? * l.scaling)?;
+                let seen = l.dropout.map_or_else(|| Ok(x_.clone()), |d| d.of(&x_))?;
+                let low = (seen.matmul(&a.t()?)? * l.scaling)?;
                 let y = (x_.matmul(&self.weight()?.t()?)? + low.matmul(&b.t()?)?)?;
-                x.apply_op3(&l.a, &l.b, LoraLinear { layer, scaling: l.scaling, outside: Some(y) })?
+                x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Some(y)))?
             }
         };
         match &self.bias {
@@ -128,8 +137,15 @@ struct Linear {
 struct LoraLinear {
     layer: Frozen,
     scaling: f64,
+    dropout: Option<Dropout>,
     /// As in [`Linear`].
     outside: Option<Tensor>,
+}
+
+impl LoraLinear {
+    fn new(layer: Frozen, lora: &Lora, outside: Option<Tensor>) -> Self {
+        LoraLinear { layer, scaling: lora.scaling, dropout: lora.dropout, outside }
+    }
 }
 
 fn computed(outside: &Option<Tensor>) -> candle_core::Result<(CudaStorage, Shape)> {
@@ -177,7 +193,15 @@ impl CustomOp3 for LoraLinear {
         let (x, a, b) = (Matrix::of(x, lx, &[])?, Matrix::of(a, la, &[])?, Matrix::of(b, lb, &[])?);
         let (rows, rank) = (x.dims().0, a.dims().0);
         let mut low = vec![0f32; rows * rank];
-        product(&mut low, false, x, a.t(), Threads::All);
+        match self.dropout {
+            None => product(&mut low, false, x, a.t(), Threads::All),
+            Some(dropout) => {
+                let width = x.dims().1;
+                let mut seen = dropout.factors(rows, width);
+                x.scale_into(&mut seen);
+                product(&mut low, false, Matrix::new(&seen, (rows, width), (width, 1)), a.t(), Threads::All);
+            }
+        }
         low.iter_mut().for_each(|v| *v *= self.scaling as f32);
         let mut y = self.layer.product(x)?;
         product(&mut y, true, Matrix::new(&low, (rows, rank), (rank, 1)), b.t(), Threads::All);
@@ -205,11 +229,16 @@ impl CustomOp3 for LoraLinear {
         dy: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (x, a, b, dy) = (x.detach(), a.detach(), b.detach(), dy.contiguous()?);
+        let seen = self.dropout.map_or_else(|| Ok(x.clone()), |d| d.of(&x))?;
         // s (x A^T), formed again, and its gradient s (dy B): both have the rank's few columns.
-        let low = (sum_of_products(&[(&x, &a.t()?)])? * self.scaling)?;
+        let low = (sum_of_products(&[(&seen, &a.t()?)])? * self.scaling)?;
         let dlow = (sum_of_products(&[(&dy, &b)])? * self.scaling)?;
-        let dx = sum_of_products(&[(&dy, &self.layer.weight()?), (&dlow, &a)])?;
-        let da = sum_of_products(&[(&dlow.t()?, &x)])?;
+        let weight = self.layer.weight()?;
+        let dx = match self.dropout {
+            None => sum_of_products(&[(&dy, &weight), (&dlow, &a)])?,
+            Some(d) => (sum_of_products(&[(&dy, &weight)])? + d.of(&sum_of_products(&[(&dlow, &a)])?)?)?,
+        };
+        let da = sum_of_products(&[(&dlow.t()?, &seen)])?;
         let db = sum_of_products(&[(&dy.t()?, &low)])?;
         Ok((Some(dx), Some(da), Some(db)))
     }

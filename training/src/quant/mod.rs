@@ -1,7 +1,9 @@
-//! NF4 with double quantisation, and frozen linear layers that pass gradients through it.
+//! NF4 with double quantisation, frozen linear layers that pass gradients through it, 8-bit optimizer state.
 
+mod dynamic;
 mod frozen;
 mod nf4;
 
+pub use dynamic::{DYNAMIC_BLOCK, Dynamic8, Sign};
 pub use frozen::{Frozen, Storage};
-pub use nf4::{BLOCK, CODEBOOK, Nf4, SCALE_BLOCK, dynamic_map};
+pub use nf4::{BLOCK, CODEBOOK, Nf4, SCALE_BLOCK, dynamic_map, unsigned_dynamic_map};

@@ -50,26 +50,33 @@ pub struct Nf4 {
 }
 
 /// The signed 8-bit dynamic map of bitsandbytes, ascending, to the last bit.
-///
-/// Each decade is divided as `torch.linspace` does it: from both ends to the middle, multiply-add rounded once.
 pub fn dynamic_map() -> [f32; 256] {
-    let mut values = Vec::with_capacity(256);
-    for exponent in 0..7i32 {
-        let items = 1usize << exponent;
-        let scale = 10f64.powi(exponent - 6) as f32;
-        let step = (1.0 - 0.1f32) / items as f32;
-        let boundary = |i: usize| match i < items.div_ceil(2) {
-            true => step.mul_add(i as f32, 0.1),
-            false => step.mul_add(-((items - i) as f32), 1.0),
-        };
-        for i in 0..items {
-            let mean = scale * ((boundary(i) + boundary(i + 1)) / 2.0);
-            values.extend([mean, -mean]);
-        }
-    }
-    values.extend([0.0, 1.0]);
+    let means = (0..7).flat_map(|exponent| decade(exponent, 1 << exponent));
+    sorted(means.flat_map(|mean| [mean, -mean]))
+}
+
+/// The unsigned one: twice as many steps a decade.
+pub fn unsigned_dynamic_map() -> [f32; 256] {
+    sorted((0..7).flat_map(|exponent| decade(exponent, 2 << exponent)))
+}
+
+/// Midpoints of the `items` equal parts of one decade.
+///
+/// It is divided as `torch.linspace` does it: from both ends to the middle, multiply-add rounded once.
+fn decade(exponent: i32, items: usize) -> impl Iterator<Item = f32> {
+    let scale = 10f64.powi(exponent - 6) as f32;
+    let step = (1.0 - 0.1f32) / items as f32;
+    let boundary = move |i: usize| match i < items.div_ceil(2) {
+        true => step.mul_add(i as f32, 0.1),
+        false => step.mul_add(-((items - i) as f32), 1.0),
+    };
+    (0..items).map(move |i| scale * ((boundary(i) + boundary(i + 1)) / 2.0))
+}
+
+fn sorted(means: impl Iterator<Item = f32>) -> [f32; 256] {
+    let mut values: Vec<f32> = means.chain([0.0, 1.0]).collect();
     values.sort_by(f32::total_cmp);
-    values.try_into().expect("254 signed means, zero and one make 256")
+    values.try_into().expect("254 means, zero and one make 256")
 }
 
 /// What values are multiplied by to lie within [-1, 1]. Like bitsandbytes it takes a largest value below 1e-38
@@ -79,7 +86,7 @@ fn inverse(largest: f32) -> f32 {
 }
 
 /// Index of the codebook value nearest to `x`; ties go down, as a search over midpoints does.
-fn nearest(sorted: &[f32], x: f32) -> u8 {
+pub(super) fn nearest(sorted: &[f32], x: f32) -> u8 {
     let above = sorted.partition_point(|&v| v < x);
     if above == 0 {
         return 0;
@@ -171,6 +178,9 @@ mod tests {
     fn dynamic_map_is_the_published_one() {
         let map = dynamic_map();
         assert_eq!((map[0], map[127], map[255]), (-0.992_968_74, 0.0, 1.0));
+        assert!(map.windows(2).all(|w| w[0] < w[1]), "strictly ascending");
+        let map = unsigned_dynamic_map();
+        assert_eq!((map[0], map[255]), (0.0, 1.0));
         assert!(map.windows(2).all(|w| w[0] < w[1]), "strictly ascending");
     }
 

@@ -2,13 +2,12 @@
 
 use crate::fixture::*;
 use candle_core::Tensor;
-use emaudit_train::finetune::{Example, StepLog, finetune};
+use emaudit_train::finetune::{Checkpoint, Example, Rows, StepLog, finetune};
 use emaudit_train::lora::Adapter;
 use emaudit_train::model::Decoder;
 use emaudit_train::quant::Storage;
-use emaudit_train::recipe::{Finetune, Schedule};
+use emaudit_train::recipe::{Finetune, Optimizer, Schedule};
 use std::cell::Cell;
-use std::path::Path;
 
 const STEPS: usize = 24;
 
@@ -26,6 +25,7 @@ fn recipe() -> Finetune {
         weight_decay: 0.01,
         schedule: Schedule::Cosine,
         max_grad_norm: 1.0,
+        ..Finetune::default()
     }
 }
 
@@ -34,8 +34,13 @@ fn quantized() -> (Decoder, Vec<Example>) {
     (decoder, Golden::open("golden.safetensors").examples())
 }
 
+fn rows(examples: &[Example], recipe: &Finetune) -> Rows {
+    Rows::new(examples, recipe, 7).unwrap()
+}
+
 fn train(decoder: &Decoder, examples: &[Example], recipe: &Finetune, seed: u64) -> (Adapter, Vec<StepLog>) {
-    finetune(decoder, examples, recipe, seed, None, |_| (), || false).unwrap()
+    let rows = Rows::new(examples, recipe, seed).unwrap();
+    finetune(decoder, &rows, recipe, seed, None, |_| (), || false).unwrap()
 }
 
 /// The bytes a saved adapter consists of.
@@ -45,10 +50,9 @@ fn bytes(adapter: &Adapter) -> Vec<u8> {
     std::fs::read(folder.path().join("adapter_model.safetensors")).unwrap()
 }
 
-fn bits(log: &[StepLog]) -> Vec<(usize, u32, u64, u32)> {
-    log.iter()
-        .map(|l| (l.step, l.loss.to_bits(), l.learning_rate.to_bits(), l.gradient_norm.to_bits()))
-        .collect()
+/// The log as it is stored: numbers that read back as what they were.
+fn bits(log: &[StepLog]) -> String {
+    serde_json::to_string(log).unwrap()
 }
 
 #[test]
@@ -56,7 +60,8 @@ fn the_loss_falls_and_the_adapter_becomes_active() {
     let (decoder, examples) = quantized();
     let seen = Cell::new(0);
     let (adapter, log) =
-        finetune(&decoder, &examples, &recipe(), 7, None, |l| seen.set(l.step), || false).unwrap();
+        finetune(&decoder, &rows(&examples, &recipe()), &recipe(), 7, None, |l| seen.set(l.step), || false)
+            .unwrap();
     assert_eq!((log.len(), seen.get()), (STEPS, STEPS));
     let mean = |part: &[StepLog]| part.iter().map(|l| l.loss).sum::<f32>() / part.len() as f32;
     let (first, last) = (mean(&log[..6]), mean(&log[STEPS - 6..]));
@@ -101,14 +106,20 @@ fn the_same_seed_gives_the_same_bits_and_another_seed_another_adapter() {
 }
 
 /// Trains until `after` steps are done, then is stopped.
-fn interrupted(decoder: &Decoder, examples: &[Example], checkpoint: &Path, key: &str, after: usize) {
+fn interrupted(
+    decoder: &Decoder,
+    examples: &[Example],
+    recipe: &Finetune,
+    checkpoint: Checkpoint<'_>,
+    after: usize,
+) {
     let done = Cell::new(0);
     let result = finetune(
         decoder,
-        examples,
-        &recipe(),
+        &rows(examples, recipe),
+        recipe,
         7,
-        Some((checkpoint, key)),
+        Some(checkpoint),
         |l| done.set(l.step),
         || done.get() >= after,
     );
@@ -116,31 +127,53 @@ fn interrupted(decoder: &Decoder, examples: &[Example], checkpoint: &Path, key: 
     assert!(error.contains(&format!("interrupted after step {after} of {STEPS}")), "{error}");
 }
 
+/// Every source of state: moments in 8 bits, dropout, several batches a step, the best adapter so far.
+fn elaborate() -> Finetune {
+    Finetune {
+        batch: 1,
+        gradient_accumulation: 2,
+        dropout: 0.2,
+        // Its variables of 4096 values and more have moments in 8 bits.
+        rank: 64,
+        optimizer: Optimizer::Adamw8bit,
+        group_by_length: true,
+        gradient_checkpointing: true,
+        evaluation_share: 0.3,
+        evaluation_every: 3,
+        patience: 100,
+        ..recipe()
+    }
+}
+
 #[test]
 fn a_resumed_run_gives_the_same_bits() {
     let (decoder, examples) = quantized();
-    let (whole, log) = train(&decoder, &examples, &recipe(), 7);
-    let folder = tempfile::tempdir().unwrap();
-    let checkpoint = folder.path().join("checkpoint.safetensors");
-    // Stopped twice: the second time in a run that was itself resumed.
-    for after in [5, 11] {
-        interrupted(&decoder, &examples, &checkpoint, "work", after);
-        assert!(checkpoint.is_file());
+    for recipe in [recipe(), elaborate()] {
+        let (whole, log) = train(&decoder, &examples, &recipe, 7);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("checkpoint.safetensors");
+        let checkpoint = Checkpoint::new(&path, "work");
+        // Stopped twice: the second time in a run that was itself resumed.
+        for after in [5, 11] {
+            interrupted(&decoder, &examples, &recipe, checkpoint, after);
+            assert!(path.is_file());
+        }
+        let mut steps = Vec::new();
+        let (resumed, resumed_log) = finetune(
+            &decoder,
+            &rows(&examples, &recipe),
+            &recipe,
+            7,
+            Some(checkpoint),
+            |l| steps.push((l.step, l.took.is_some())),
+            || false,
+        )
+        .unwrap();
+        assert!(bytes(&whole) == bytes(&resumed), "the resumed adapter differs");
+        assert_eq!(bits(&log), bits(&resumed_log));
+        let expected: Vec<_> = (1..=STEPS).map(|step| (step, step > 11)).collect();
+        assert_eq!(steps, expected, "every step is reported once, and timed where it was done");
     }
-    let mut steps = Vec::new();
-    let (resumed, resumed_log) = finetune(
-        &decoder,
-        &examples,
-        &recipe(),
-        7,
-        Some((&checkpoint, "work")),
-        |l| steps.push(l.step),
-        || false,
-    )
-    .unwrap();
-    assert!(bytes(&whole) == bytes(&resumed), "the resumed adapter differs");
-    assert_eq!(bits(&log), bits(&resumed_log));
-    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "every step is reported once");
 }
 
 #[test]
@@ -154,7 +187,15 @@ fn a_stop_asked_for_once_is_kept() {
         asked.set(asked.get() + 1);
         asked.get() == 2
     };
-    let result = finetune(&decoder, &examples, &recipe(), 7, Some((&checkpoint, "work")), |_| (), stop);
+    let result = finetune(
+        &decoder,
+        &rows(&examples, &recipe()),
+        &recipe(),
+        7,
+        Some(Checkpoint::new(&checkpoint, "work")),
+        |_| (),
+        stop,
+    );
     let error = result.err().expect("the run was stopped").to_string();
     assert!(error.contains("interrupted after step 2"), "{error}");
     assert!(checkpoint.is_file(), "it stopped without keeping its work");
@@ -166,14 +207,15 @@ fn a_foreign_or_damaged_checkpoint_is_started_over() {
     let (whole, _) = train(&decoder, &examples, &recipe(), 7);
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = folder.path().join("checkpoint.safetensors");
-    interrupted(&decoder, &examples, &checkpoint, "other work", 3);
+    interrupted(&decoder, &examples, &recipe(), Checkpoint::new(&checkpoint, "other work"), 3);
     let foreign = std::fs::read(&checkpoint).unwrap();
     for content in
         [foreign.clone(), foreign[..foreign.len() / 2].to_vec(), b"not a checkpoint".to_vec(), vec![]]
     {
         std::fs::write(&checkpoint, content).unwrap();
-        let result =
-            finetune(&decoder, &examples, &recipe(), 7, Some((&checkpoint, "work")), |_| (), || false);
+        let (rows, recipe) = (rows(&examples, &recipe()), recipe());
+        let work = Checkpoint::new(&checkpoint, "work");
+        let result = finetune(&decoder, &rows, &recipe, 7, Some(work), |_| (), || false);
         assert!(bytes(&whole) == bytes(&result.unwrap().0));
     }
 }
@@ -188,8 +230,7 @@ fn examples_without_a_response_are_left_out() {
     examples.push(Example { ids: vec![], response: vec![] });
     let (adapter, _) = train(&decoder, &examples, &recipe(), 7);
     assert!(bytes(&expected) == bytes(&adapter));
-    let error =
-        finetune(&decoder, &examples[3..], &recipe(), 7, None, |_| (), || false).err().unwrap().to_string();
+    let error = Rows::new(&examples[3..], &recipe(), 7).err().unwrap().to_string();
     assert!(error.contains("no example has a response token within max_tokens = 64"), "{error}");
 }
 

@@ -7,6 +7,8 @@ mod decoder;
 mod finetuning;
 mod fixture;
 mod nf4;
+mod optimizer;
 mod real;
 mod refusals;
 mod steering;
+mod training;
