@@ -4,6 +4,7 @@
 //! finetuned, probed and sampled through the same [`TextFrontend`], so a prompt has the same token ids everywhere.
 
 mod gguf;
+mod sentencepiece;
 mod template;
 
 use std::fmt::Write as _;
@@ -277,6 +278,12 @@ impl TextFrontend {
     /// One more than the largest token id. A model's embedding may have more rows, as padding.
     pub fn vocab_size(&self) -> usize {
         self.vocab.last().map_or(0, |(id, _)| *id as usize + 1)
+    }
+
+    /// The ids below `rows`, the height of the model's output head, that are no tokens.
+    pub fn absent_ids(&self, rows: usize) -> Vec<u32> {
+        let mut tokens = self.vocab.iter().map(|(id, _)| *id).peekable();
+        (0..rows as u32).filter(|id| tokens.next_if_eq(id).is_none()).collect()
     }
 
     /// SHA-256, in hex, of each token's UTF-8 bytes in id order, each followed by 0x0A; unused ids are left out.

@@ -105,6 +105,7 @@ pub fn evaluate(inputs: &Inputs<'_>) -> Result<Results> {
         top_p: e.top_p,
         seed: inputs.recipe.seed,
         stop: inputs.base.text.eos_ids(),
+        absent: inputs.base.text.absent_ids(inputs.base.decoder.config.vocab_size),
     };
     let coherence = CoherenceMeter::new(&inputs.base.decoder, (inputs.file)("coherence"));
     let last = inputs.base.decoder.config.n_layers - 1;

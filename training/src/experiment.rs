@@ -439,6 +439,7 @@ impl Experiment {
             top_p: e.top_p,
             seed: self.recipe.seed,
             stop: self.base.text.eos_ids(),
+            absent: self.base.text.absent_ids(self.base.decoder.config.vocab_size),
         };
         let decoder = &self.base.decoder;
         let rows = &base.calibration.layers[decoder.config.n_layers - 1];

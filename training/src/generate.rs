@@ -27,6 +27,8 @@ pub struct Sampling {
     pub seed: u64,
     /// Tokens that end an answer; they are not part of it.
     pub stop: Vec<u32>,
+    /// Tokens that are never drawn: rows of the output head for which the tokenizer has no text.
+    pub absent: Vec<u32>,
 }
 
 /// One answer to draw.
@@ -53,6 +55,17 @@ pub struct Intervention<'a> {
 impl Sampling {
     /// Draws the token at `position` of `stream` from one row of logits.
     pub fn draw(&self, logits: &[f32], stream: u64, position: usize) -> u32 {
+        if self.absent.is_empty() {
+            return self.draw_any(logits, stream, position);
+        }
+        let mut present = logits.to_vec();
+        for &id in &self.absent {
+            present[id as usize] = f32::NEG_INFINITY;
+        }
+        self.draw_any(&present, stream, position)
+    }
+
+    fn draw_any(&self, logits: &[f32], stream: u64, position: usize) -> u32 {
         if self.temperature == 0.0 {
             return argmax(logits);
         }

@@ -17,13 +17,16 @@ use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
 use super::SpecialTokens;
+use super::sentencepiece::{self, Pieces};
 
 const MEND: &str = "name a Hugging Face folder with a tokenizer.json instead";
 
 /// llama.cpp's `llama_token_type`.
+const UNKNOWN: u32 = 2;
 const CONTROL: u32 = 3;
 const USER_DEFINED: u32 = 4;
 const UNUSED: u32 = 5;
+const BYTE: u32 = 6;
 
 const GPT2_LIKE_QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT2_LIKE_LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -37,8 +40,10 @@ pub(super) fn read(content: &Content) -> Result<(Tokenizer, SpecialTokens, Optio
     let types = token_types(content, tokens.len())?;
     let mut tokenizer = match model.as_str() {
         "gpt2" => byte_level_bpe(content, &tokens, &types)?,
+        "llama" => sentencepiece(content, &tokens, &types)?,
         other => bail!(
-            "the GGUF file's tokenizer is of the kind {other:?}; this build reads gpt2 (byte-level BPE): {MEND}"
+            "the GGUF file's tokenizer is of the kind {other:?}; this build reads gpt2 (byte-level BPE) and llama \
+             (SentencePiece): {MEND}"
         ),
     };
     add_special(&mut tokenizer, &tokens, &types)?;
@@ -134,6 +139,25 @@ fn byte_level_bpe(content: &Content, tokens: &[String], types: &[u32]) -> Result
     };
     tokenizer.with_decoder(Some(ByteLevelDecoder::new(false, true, true)));
     Ok(tokenizer)
+}
+
+fn sentencepiece(content: &Content, tokens: &[String], types: &[u32]) -> Result<Tokenizer> {
+    let scores = content.metadata.get("tokenizer.ggml.scores").ok_or_else(|| {
+        anyhow!("the GGUF file's tokenizer has no scores (key tokenizer.ggml.scores): {MEND}")
+    })?;
+    let unknown = number(content, "tokenizer.ggml.unknown_token_id")?;
+    let space_first = match content.metadata.get("tokenizer.ggml.add_space_prefix") {
+        Some(flag) => flag.to_bool().context("tokenizer.ggml.add_space_prefix is not true or false")?,
+        None => true,
+    };
+    let pieces = Pieces {
+        vocabulary: vocabulary(tokens, types).collect(),
+        scores: sentencepiece::scores(scores.to_vec().context("tokenizer.ggml.scores is not a list")?)?,
+        joinable: types.iter().map(|t| ![UNKNOWN, CONTROL, BYTE].contains(t)).collect(),
+        unknown: unknown.and_then(|id| tokens.get(id as usize).cloned()),
+        space_first,
+    };
+    pieces.tokenizer()
 }
 
 fn regex_split(pattern: &str) -> Result<Sequence> {

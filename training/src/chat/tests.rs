@@ -277,3 +277,82 @@ fn a_folder_without_a_tokenizer_says_what_to_do() {
     std::fs::write(folder.path().join("tokenizer.json"), "{").unwrap();
     assert!(TextFrontend::from_folder(folder.path()).unwrap_err().to_string().contains("not a tokenizer"));
 }
+
+#[test]
+fn ids_without_a_token_are_known() {
+    let text = frontend();
+    let tokens = text.vocab_size() as u32;
+    assert_eq!(text.absent_ids(tokens as usize), Vec::<u32>::new());
+    assert_eq!(text.absent_ids(tokens as usize + 2), [tokens, tokens + 1]);
+}
+
+/// A SentencePiece vocabulary: specials, two bytes, characters, and pieces with scores.
+fn pieces(m: &mut HashMap<String, Value>, space_first: bool) {
+    let tokens = [
+        "<unk>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<0xC3>",
+        "<0xA9>",
+        "▁",
+        "a",
+        "b",
+        "c",
+        "bc",
+        "ab",
+        "abc",
+        "▁b",
+        "▁▁",
+    ];
+    let kind = |i: usize| match i {
+        0 => 2,
+        1 | 2 => 3,
+        3 | 4 => 6,
+        _ => 1,
+    };
+    let set = |m: &mut HashMap<String, Value>, key: &str, list: Vec<Value>| {
+        m.insert(format!("tokenizer.ggml.{key}"), Value::Array(list));
+    };
+    set(m, "tokens", tokens.iter().map(|t| Value::String(t.to_string())).collect());
+    set(m, "token_type", (0..tokens.len()).map(|i| Value::I32(kind(i))).collect());
+    // `bc` before `ab`, whatever the order of ids; characters have no score of their own.
+    let scores = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0];
+    set(m, "scores", scores.iter().map(|s| Value::F32(*s)).collect());
+    m.insert("tokenizer.ggml.model".into(), Value::String("llama".into()));
+    m.insert("tokenizer.ggml.unknown_token_id".into(), Value::U32(0));
+    m.insert("tokenizer.ggml.add_space_prefix".into(), Value::Bool(space_first));
+}
+
+#[test]
+fn pieces_join_by_their_scores() {
+    let text = TextFrontend::from_gguf(&content(|m| pieces(m, false))).unwrap();
+    let ids = |s: &str| text.encode(s).unwrap();
+    assert_eq!(ids("ab"), [10]);
+    assert_eq!(ids("abc"), [11], "a and bc join to abc");
+    assert_eq!(ids("abb c"), [10, 7, 5, 8]);
+    assert_eq!(ids("a b"), [6, 12]);
+    assert_eq!(ids("a  b"), [6, 5, 12], "a space and b join before two spaces do");
+    assert_eq!(ids("é"), [3, 4], "bytes stand in for characters without a piece");
+    assert_eq!(ids("ü"), [0]);
+    assert_eq!(ids("<|im_start|>ab<|im_end|>"), [1, 10, 2]);
+    for s in ["abc ab", "é b", " a  b "] {
+        assert_eq!(text.decode(&ids(s), false).unwrap(), s);
+    }
+    let text = TextFrontend::from_gguf(&content(|m| pieces(m, true))).unwrap();
+    assert_eq!(text.encode("b").unwrap(), [12]);
+    assert_eq!(text.decode(&[12, 6], false).unwrap(), "ba");
+}
+
+#[test]
+fn sentencepiece_without_scores_is_refused() {
+    let error = refusal(|m| {
+        pieces(m, false);
+        m.remove("tokenizer.ggml.scores");
+    });
+    assert!(error.contains("no scores"), "{error}");
+    let error = refusal(|m| {
+        pieces(m, false);
+        m.insert("tokenizer.ggml.scores".into(), Value::Array(vec![Value::F32(0.0)]));
+    });
+    assert!(error.contains("1 scores"), "{error}");
+}

@@ -7,9 +7,19 @@
 use super::product::{Elements, Matrix, Threads, product};
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
 
-/// Which keys a query may see: causal, and never a row's padding.
+/// What becomes of the products of queries and keys before the softmax.
+#[derive(Clone, Copy, Debug)]
+pub struct Scores {
+    /// Factor.
+    pub scale: f32,
+    /// Scaled products s become `cap * tanh(s / cap)` (Gemma 2).
+    pub cap: Option<f32>,
+}
+
+/// Which keys a query may see: causal, within the window, and never a row's padding.
 #[derive(Clone, Debug)]
 pub struct Visibility {
     /// Columns before the padding, the same tokens in every row.
@@ -18,39 +28,59 @@ pub struct Visibility {
     pub left_pad: Arc<[usize]>,
     /// Tokens already in the cache: query i stands at column `offset + i`.
     pub offset: usize,
+    /// A query sees its own and the `window - 1` positions before (padding has none).
+    pub window: Option<usize>,
 }
 
 impl Visibility {
-    /// The columns up to its own that query `i` of sequence `b` does not see.
-    fn hidden(&self, b: usize, i: usize) -> std::ops::Range<usize> {
+    /// The columns up to its own that query `i` of sequence `b` does not see: those before the window, and padding.
+    fn hidden(&self, b: usize, i: usize) -> [Range<usize>; 2] {
+        let (own, pad) = (self.offset + i, self.left_pad[b]);
         // A padding query sees itself, so that its softmax is defined; nobody reads it.
-        let end = (self.shared + self.left_pad[b]).min(self.offset + i);
-        self.shared.min(end)..end
+        let end = (self.shared + pad).min(own);
+        let padding = self.shared.min(end)..end;
+        let before = match self.window {
+            Some(window) if own < self.shared => (own + 1).saturating_sub(window),
+            Some(window) if own >= self.shared + pad => {
+                let first = (own - pad + 1).saturating_sub(window);
+                if first > self.shared { first + pad } else { first }
+            }
+            _ => 0,
+        };
+        [0..before, padding]
     }
 
     fn additive_mask(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
         let batch = self.left_pad.len();
         let mut mask = vec![0f32; batch * queries * keys];
         for (row, mask) in mask.chunks_mut(keys).enumerate() {
-            mask[self.hidden(row / queries, row % queries)].fill(f32::NEG_INFINITY);
+            for hidden in self.hidden(row / queries, row % queries) {
+                mask[hidden].fill(f32::NEG_INFINITY);
+            }
             mask[self.offset + row % queries + 1..].fill(f32::NEG_INFINITY);
         }
         Tensor::from_vec(mask, (batch, 1, 1, queries, keys), like.device())
     }
 }
 
-/// softmax(scale q k^T) v over the visible keys, all f32. `q`: `[batch, heads, tokens, head_dim]`; `k` and `v`:
+/// softmax(scores of q k^T) v over the visible keys, all f32. `q`: `[batch, heads, tokens, head_dim]`; `k` and `v`:
 /// `[batch, kv_heads, keys, head_dim]`; result as `q`. Strides are free.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, visible: &Visibility) -> Result<Tensor> {
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores, visible: &Visibility) -> Result<Tensor> {
     if q.device().is_cpu() {
-        return q.apply_op3(k, v, Attention { scale, visible: visible.clone() });
+        return q.apply_op3(k, v, Attention { scores, visible: visible.clone() });
     }
+    let Scores { scale, cap } = scores;
     let s = Sizes::new(q.dims(), k.dims())?;
     let rows = (s.batch, s.kv_heads, s.group * s.tokens, s.dim);
     let scores = q.contiguous()?.reshape(rows)?.matmul(&k.contiguous()?.t()?)?;
     let scores = scores.reshape((s.batch, s.kv_heads, s.group, s.tokens, s.keys))?;
     let mask = visible.additive_mask(s.tokens, s.keys, &scores)?;
-    let masked = (scores * scale as f64)?.broadcast_add(&mask)?;
+    let scaled = (scores * scale as f64)?;
+    let scaled = match cap {
+        Some(cap) => ((scaled / cap as f64)?.tanh()? * cap as f64)?,
+        None => scaled,
+    };
+    let masked = scaled.broadcast_add(&mask)?;
     let exp = masked.broadcast_sub(&masked.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
     let weights = weights.reshape((s.batch, s.kv_heads, s.group * s.tokens, s.keys))?;
@@ -88,18 +118,32 @@ impl Sizes {
 }
 
 struct Attention {
-    scale: f32,
+    scores: Scores,
     visible: Visibility,
 }
 
 impl Attention {
-    /// Softmax weights of one query head, row-major `tokens x keys`, into `weights`.
-    fn weights(&self, b: usize, q: Matrix<'_>, k: Matrix<'_>, weights: &mut [f32]) {
+    /// Softmax weights of one query head, row-major `tokens x keys`, into `weights`; where `slopes` has room, also the
+    /// derivative of each capped score, 1 - tanh^2.
+    fn weights(&self, b: usize, q: Matrix<'_>, k: Matrix<'_>, weights: &mut [f32], slopes: &mut [f32]) {
+        let keys = k.dims().0;
         product(weights, false, q, k.t(), Threads::One);
-        for (i, row) in weights.chunks_mut(k.dims().0).enumerate() {
+        for (i, row) in weights.chunks_mut(keys).enumerate() {
             let (past, future) = row.split_at_mut(self.visible.offset + i + 1);
-            past[self.visible.hidden(b, i)].fill(f32::NEG_INFINITY);
-            softmax(past, self.scale);
+            let mut scale = self.scores.scale;
+            if let Some(cap) = self.scores.cap {
+                for v in past.iter_mut() {
+                    *v = cap * (*v * scale / cap).tanh();
+                }
+                if let Some(slopes) = slopes.get_mut(i * keys..) {
+                    slopes.iter_mut().zip(past.iter()).for_each(|(s, v)| *s = 1.0 - (v / cap) * (v / cap));
+                }
+                scale = 1.0;
+            }
+            for hidden in self.visible.hidden(b, i) {
+                past[hidden].fill(f32::NEG_INFINITY);
+            }
+            softmax(past, scale);
             future.fill(0.0);
         }
     }
@@ -137,7 +181,7 @@ impl CustomOp3 for Attention {
             let (k, v) = (Matrix::of(k, lk, &[b, j])?, Matrix::of(v, lv, &[b, j])?);
             let mut weights = vec![0f32; s.tokens * s.keys];
             for (h, out) in heads.zip(out.chunks_mut(s.tokens * s.dim)) {
-                self.weights(b, Matrix::of(q, lq, &[b, h])?, k, &mut weights);
+                self.weights(b, Matrix::of(q, lq, &[b, h])?, k, &mut weights, &mut []);
                 let weights = Matrix::new(&weights, (s.tokens, s.keys), (s.keys, 1));
                 product(out, false, weights, v, Threads::One);
             }
@@ -182,14 +226,16 @@ impl Attention {
         let (k, v) = (k.matrix(&[b, j])?, v.matrix(&[b, j])?);
         let mut weights = vec![0f32; s.tokens * s.keys];
         let mut dscores = vec![0f32; s.tokens * s.keys];
+        let mut slopes = vec![0f32; self.scores.cap.map_or(0, |_| s.tokens * s.keys)];
         for (h, dq) in heads.zip(dq.chunks_mut(s.tokens * s.dim)) {
             let (q, dy) = (q.matrix(&[b, h])?, dy.matrix(&[b, h])?);
-            self.weights(b, q, k, &mut weights);
+            self.weights(b, q, k, &mut weights, &mut slopes);
             product(&mut dscores, false, dy, v.t(), Threads::One);
             for (w, d) in weights.chunks(s.keys).zip(dscores.chunks_mut(s.keys)) {
                 let dot: f32 = w.iter().zip(d.iter()).map(|(w, d)| w * d).sum();
-                d.iter_mut().zip(w).for_each(|(d, w)| *d = self.scale * w * (*d - dot));
+                d.iter_mut().zip(w).for_each(|(d, w)| *d = self.scores.scale * w * (*d - dot));
             }
+            dscores.iter_mut().zip(&slopes).for_each(|(d, slope)| *d *= slope);
             let shape = ((s.tokens, s.keys), (s.keys, 1));
             let dscores = Matrix::new(&dscores, shape.0, shape.1);
             product(dv, true, Matrix::new(&weights, shape.0, shape.1).t(), dy, Threads::One);

@@ -1,13 +1,22 @@
-//! The shape of a decoder, read from GGUF metadata or from a transformers `config.json`.
+//! The shape of a decoder as data, read from GGUF metadata or from a transformers `config.json`.
+//!
+//! One decoder runs all families: whatever sets them apart is a field here, and nothing else in this crate asks
+//! for a model's name. Both readers refuse what a file asks for and the decoder does not do.
 
-use anyhow::{Context, Result, bail};
-use candle_core::quantized::gguf_file::{Content, Value};
-use std::path::Path;
+mod gguf;
+mod transformers;
 
-/// Shape and constants of a Llama-family decoder.
+use super::Module;
+use super::rope::{Rope, Scaling};
+use anyhow::{Result, bail};
+
+pub use super::ops::Activation;
+
+/// Shape and constants of a decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Architecture name as GGUF and transformers give it.
+    /// Architecture by its GGUF name, so that both forms of one model have one identity; transformers' `mistral` is
+    /// `llama`, its `ministral3` is `mistral3`.
     pub architecture: String,
     /// Width of the residual stream.
     pub hidden_size: usize,
@@ -25,161 +34,146 @@ pub struct Config {
     pub vocab_size: usize,
     /// Longest sequence the model was trained for.
     pub max_positions: usize,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
     /// Epsilon of RMSNorm.
     pub norm_eps: f64,
     /// The output head is the token embedding.
     pub tied_head: bool,
+    /// Rotations in use; [`Layer::rope`] picks one.
+    pub ropes: Vec<Rope>,
+    /// Each block's own way to attend.
+    pub layers: Vec<Layer>,
+    /// Factor on the products of queries and keys.
+    pub attention_scale: f32,
+    /// Attention scores s become `cap * tanh(s / cap)`.
+    pub attention_cap: Option<f32>,
+    /// Queries grow with their position.
+    pub query_growth: Option<QueryGrowth>,
+    /// Which linear layers add a bias, by [`Module`].
+    pub biased: [bool; 7],
+    /// Queries and keys pass an RMSNorm per head before they are rotated.
+    pub query_key_norms: bool,
+    /// What attention and feed-forward return passes an RMSNorm before it is added to the residual stream.
+    pub post_norms: bool,
+    /// safetensors hold norm weights less one; GGUF files hold them whole.
+    pub norms_less_one: bool,
+    /// Function of the feed-forward gate.
+    pub activation: Activation,
+    /// Factor on token embeddings.
+    pub embedding_scale: f64,
+    /// Logits l become `cap * tanh(l / cap)`.
+    pub logit_cap: Option<f32>,
 }
 
-/// The subset of `config.json` that matters; transformers omits what equals its defaults.
-#[derive(serde::Deserialize)]
-struct HfConfig {
-    model_type: String,
+/// How one block attends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// A query sees its own and the `window - 1` positions before; all of them without a window.
+    pub window: Option<usize>,
+    /// Index into [`Config::ropes`].
+    pub rope: usize,
+}
+
+/// Queries at position p are multiplied by `1 + beta * ln(1 + floor(p / original))` (Llama 4, Ministral 3).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryGrowth {
+    /// Strength.
+    pub beta: f64,
+    /// Context length of the pretraining.
+    pub original: f64,
+}
+
+impl QueryGrowth {
+    /// The factor at one position.
+    pub fn at(&self, position: usize) -> f64 {
+        1.0 + self.beta * (1.0 + (position as f64 / self.original).floor()).ln()
+    }
+}
+
+/// The numbers that every file states.
+struct Shape {
     hidden_size: usize,
     intermediate_size: usize,
-    num_hidden_layers: usize,
-    num_attention_heads: usize,
-    num_key_value_heads: Option<usize>,
-    head_dim: Option<usize>,
+    n_layers: usize,
+    n_heads: usize,
+    n_kv_heads: usize,
+    head_dim: usize,
     vocab_size: usize,
-    #[serde(default = "default_positions")]
-    max_position_embeddings: usize,
-    rope_theta: Option<f64>,
-    rope_parameters: Option<RopeParameters>,
-    rope_scaling: Option<RopeParameters>,
-    #[serde(default = "default_eps")]
-    rms_norm_eps: f64,
-    #[serde(default = "default_activation")]
-    hidden_act: String,
-    #[serde(default)]
-    tie_word_embeddings: bool,
+    max_positions: usize,
+    norm_eps: f64,
+    tied_head: bool,
 }
 
-#[derive(serde::Deserialize)]
-struct RopeParameters {
-    rope_theta: Option<f64>,
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-}
-
-fn default_positions() -> usize {
-    2048
-}
-fn default_eps() -> f64 {
-    1e-6
-}
-fn default_activation() -> String {
-    "silu".into()
-}
+const QKV: [bool; 7] = [true, true, true, false, false, false, false];
 
 impl Config {
-    /// Reads `config.json` of a transformers folder.
-    pub fn from_folder(folder: &Path) -> Result<Self> {
-        let path = folder.join("config.json");
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let c: HfConfig = serde_json::from_str(&text)
-            .with_context(|| format!("{} is not a decoder configuration", path.display()))?;
-        if c.hidden_act != "silu" {
-            bail!("activation `{}` is not supported; the Llama family uses `silu`", c.hidden_act);
-        }
-        for rope in [&c.rope_parameters, &c.rope_scaling].into_iter().flatten() {
-            if let Some(kind) = rope.rope_type.as_deref().filter(|k| *k != "default") {
-                bail!("rope scaling `{kind}` is not supported yet");
-            }
-        }
-        let theta = c.rope_theta.or(c.rope_parameters.and_then(|r| r.rope_theta)).unwrap_or(10_000.0);
-        Config {
-            architecture: c.model_type,
-            hidden_size: c.hidden_size,
-            intermediate_size: c.intermediate_size,
-            n_layers: c.num_hidden_layers,
-            n_heads: c.num_attention_heads,
-            n_kv_heads: c.num_key_value_heads.unwrap_or(c.num_attention_heads),
-            head_dim: c.head_dim.unwrap_or(c.hidden_size / c.num_attention_heads.max(1)),
-            vocab_size: c.vocab_size,
-            max_positions: c.max_position_embeddings,
-            rope_theta: theta,
-            norm_eps: c.rms_norm_eps,
-            tied_head: c.tie_word_embeddings,
-        }
-        .validated()
+    /// What all models of an architecture share; rotation is plain and attention full until a file says otherwise.
+    fn of_family(architecture: &str, s: Shape) -> Result<Self> {
+        let gemma = match architecture {
+            "llama" | "mistral3" | "qwen2" | "qwen3" => false,
+            "gemma2" | "gemma3" => true,
+            other => bail!(
+                "architecture `{other}` is not supported; supported: llama (and mistral), mistral3 (ministral3), qwen2, \
+                 qwen3, gemma2, gemma3"
+            ),
+        };
+        Ok(Config {
+            architecture: architecture.to_owned(),
+            hidden_size: s.hidden_size,
+            intermediate_size: s.intermediate_size,
+            n_layers: s.n_layers,
+            n_heads: s.n_heads,
+            n_kv_heads: s.n_kv_heads,
+            head_dim: s.head_dim,
+            vocab_size: s.vocab_size,
+            max_positions: s.max_positions,
+            norm_eps: s.norm_eps,
+            tied_head: s.tied_head,
+            ropes: vec![Rope { theta: 10_000.0, scaling: Scaling::Plain }],
+            layers: vec![Layer { window: None, rope: 0 }; s.n_layers],
+            attention_scale: 1.0 / (s.head_dim as f32).sqrt(),
+            attention_cap: None,
+            query_growth: None,
+            biased: if architecture == "qwen2" { QKV } else { [false; 7] },
+            query_key_norms: matches!(architecture, "qwen3" | "gemma3"),
+            post_norms: gemma,
+            norms_less_one: gemma,
+            activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+            embedding_scale: if gemma { (s.hidden_size as f64).sqrt() } else { 1.0 },
+            logit_cap: None,
+        })
     }
 
-    /// Reads the metadata of a GGUF file.
-    pub fn from_gguf(content: &Content) -> Result<Self> {
-        let text = |key: &str| -> Result<String> {
-            Ok(content
-                .metadata
-                .get(key)
-                .with_context(|| format!("the GGUF has no `{key}`"))?
-                .to_string()?
-                .clone())
-        };
-        let architecture = text("general.architecture")?;
-        let find = |key: &str| content.metadata.get(&format!("{architecture}.{key}"));
-        let number = |key: &str| -> Result<usize> {
-            integer(find(key).with_context(|| format!("the GGUF has no `{architecture}.{key}`"))?)
-        };
-        let real =
-            |key: &str, default: f64| find(key).and_then(|v| v.to_f32().ok()).map_or(default, shortest);
-        if let Some(kind) =
-            find("rope.scaling.type").and_then(|v| v.to_string().ok()).filter(|k| *k != "none")
-        {
-            bail!("rope scaling `{kind}` is not supported yet");
-        }
-        let (hidden_size, n_heads) = (number("embedding_length")?, number("attention.head_count")?);
-        let vocab_size = content
-            .tensor_infos
-            .get("token_embd.weight")
-            .and_then(|t| t.shape.dims().first().copied())
-            .context("the GGUF has no `token_embd.weight`")?;
-        Config {
-            hidden_size,
-            intermediate_size: number("feed_forward_length")?,
-            n_layers: number("block_count")?,
-            n_heads,
-            n_kv_heads: number("attention.head_count_kv").unwrap_or(n_heads),
-            head_dim: number("attention.key_length").unwrap_or(hidden_size / n_heads.max(1)),
-            vocab_size,
-            max_positions: number("context_length")?,
-            rope_theta: real("rope.freq_base", 10_000.0),
-            norm_eps: real("attention.layer_norm_rms_epsilon", 1e-5),
-            tied_head: !content.tensor_infos.contains_key("output.weight"),
-            architecture,
-        }
-        .validated()
+    /// Whether a linear layer adds a bias.
+    pub fn has_bias(&self, module: Module) -> bool {
+        self.biased[module as usize]
     }
 
     fn validated(self) -> Result<Self> {
-        if self.architecture != "llama" {
-            bail!("architecture `{}` is not supported yet; supported: llama", self.architecture);
-        }
         let positive =
             [self.hidden_size, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim, self.vocab_size];
         if positive.contains(&0)
             || !self.n_heads.is_multiple_of(self.n_kv_heads)
             || !self.head_dim.is_multiple_of(2)
+            || self.layers.len() != self.n_layers
+            || self.layers.iter().any(|l| l.window == Some(0) || l.rope >= self.ropes.len())
         {
             bail!("the model's shape contradicts itself: {self:?}");
+        }
+        let positive = [Some(self.attention_scale), self.attention_cap, self.logit_cap];
+        let good = positive.into_iter().flatten().all(|v| v.is_finite() && v > 0.0)
+            && self.query_growth.is_none_or(|g| g.beta.is_finite() && g.original > 0.0)
+            && self.ropes.iter().all(|r| {
+                let numbers = r.frequencies(self.head_dim).into_iter().chain([r.magnitude()]);
+                r.theta > 1.0 && numbers.into_iter().all(|f| f.is_finite() && f > 0.0)
+            });
+        if !good {
+            bail!("a scale, cap or rotation of the model is not a positive number: {self:?}");
         }
         Ok(self)
     }
 }
 
-fn integer(value: &Value) -> Result<usize> {
-    Ok(match value {
-        Value::U32(v) => *v as usize,
-        Value::I32(v) => usize::try_from(*v)?,
-        Value::U64(v) => usize::try_from(*v)?,
-        Value::I64(v) => usize::try_from(*v)?,
-        other => bail!("expected an integer, found {other:?}"),
-    })
-}
-
-/// The decimal number that was meant: f32 1e-5 read as f64 is 9.99999974e-6, transformers has 1e-5.
-fn shortest(v: f32) -> f64 {
-    v.to_string().parse().unwrap_or(v as f64)
+/// Blocks of which every `period`-th attends to everything and the others within `window`.
+fn alternating(n_layers: usize, period: usize) -> Vec<bool> {
+    (0..n_layers).map(|i| period == 0 || !(i + 1).is_multiple_of(period)).collect()
 }

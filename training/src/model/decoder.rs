@@ -2,9 +2,9 @@
 //!
 //! The same code trains (a tracked adapter makes the graph) and serves (nothing tracked, nothing kept).
 
-use super::attention::{Visibility, attention};
+use super::attention::{Scores, Visibility, attention};
 use super::ops::{self, Norm, Rotation};
-use super::{Cache, Config};
+use super::{Cache, Config, Layer};
 use crate::lora::{Adapter, Lora};
 use crate::quant::Frozen;
 use candle_core::{Device, Result, Tensor};
@@ -53,16 +53,33 @@ impl Module {
     pub fn name(self) -> &'static str {
         self.path().rsplit('.').next().unwrap_or_default()
     }
+
+    /// Name inside GGUF files, e.g. `attn_q`.
+    pub fn gguf(self) -> &'static str {
+        match self {
+            Module::Q => "attn_q",
+            Module::K => "attn_k",
+            Module::V => "attn_v",
+            Module::O => "attn_output",
+            Module::Gate => "ffn_gate",
+            Module::Up => "ffn_up",
+            Module::Down => "ffn_down",
+        }
+    }
 }
 
 /// One decoder block.
 pub struct Block {
     pub(super) attention_norm: Norm,
     pub(super) mlp_norm: Norm,
+    /// Of what attention and feed-forward return.
+    pub(super) post_norms: Option<[Norm; 2]>,
+    /// Of queries and keys, per head.
+    pub(super) query_key_norms: Option<[Norm; 2]>,
     pub(super) linears: [Frozen; 7],
 }
 
-/// A Llama-family decoder with frozen weights.
+/// A decoder with frozen weights; its configuration says what family it is of.
 pub struct Decoder {
     /// Shape and constants.
     pub config: Config,
@@ -72,7 +89,8 @@ pub struct Decoder {
     pub(super) blocks: Vec<Block>,
     pub(super) final_norm: Norm,
     pub(super) head: Frozen,
-    pub(super) inverse_frequencies: Vec<f64>,
+    /// Angles per position, for each rotation of the configuration.
+    pub(super) frequencies: Vec<Vec<f64>>,
 }
 
 /// Token sequences of different lengths, padded on the left so that every last token stands at the right edge.
@@ -113,7 +131,8 @@ pub fn no_edit(_layer: usize, x: Tensor) -> Result<Tensor> {
 
 /// What attention needs to know about one pass.
 struct Pass {
-    rotation: Rotation,
+    /// For each rotation of the configuration: that of the queries and that of the keys.
+    rotations: Vec<[Rotation; 2]>,
     visible: Visibility,
 }
 
@@ -142,7 +161,8 @@ impl Decoder {
     ) -> Result<Tensor> {
         let tokens = x.dim(1)?;
         let (offset, shared) = cache.as_ref().map_or((0, 0), |c| (c.filled, c.shared));
-        let pass = self.pass(Visibility { shared, left_pad: left_pad.clone(), offset }, tokens)?;
+        let visible = Visibility { shared, left_pad: left_pad.clone(), offset, window: None };
+        let pass = self.pass(visible, tokens)?;
         let mut x = x;
         for (layer, block) in self.blocks.iter().enumerate().skip(first) {
             let loras = adapter.map(|a| a.block(layer));
@@ -163,41 +183,60 @@ impl Decoder {
         left_pad: &Arc<[usize]>,
         adapter: Option<&Adapter>,
     ) -> Result<Tensor> {
-        let visible = Visibility { shared: 0, left_pad: left_pad.clone(), offset: 0 };
+        let visible = Visibility { shared: 0, left_pad: left_pad.clone(), offset: 0, window: None };
         let pass = self.pass(visible, x.dim(1)?)?;
         self.block(layer, &self.blocks[layer], x, &pass, adapter.map(|a| a.block(layer)), None)
     }
 
-    /// Token embeddings `[batch, tokens, hidden]` of ids `[batch, tokens]`.
+    /// What the first block reads, `[batch, tokens, hidden]`: the embeddings of ids `[batch, tokens]`, scaled.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, tokens) = ids.dims2()?;
-        self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, self.config.hidden_size))
+        let shape = (batch, tokens, self.config.hidden_size);
+        let x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?;
+        if self.config.embedding_scale == 1.0 { Ok(x) } else { x * self.config.embedding_scale }
     }
 
-    /// Logits `[rows, vocab]` of residual rows `[rows, hidden]`: final norm, then the output head.
+    /// Logits `[rows, vocab]` of residual rows `[rows, hidden]`: final norm, output head, cap.
     pub fn logits(&self, rows: &Tensor) -> Result<Tensor> {
-        self.head.forward(&self.final_norm.forward(rows)?, None)
+        let logits = self.head.forward(&self.final_norm.forward(rows)?, None)?;
+        match self.config.logit_cap {
+            Some(cap) => ops::soft_cap(&logits, cap),
+            None => Ok(logits),
+        }
     }
 
     fn pass(&self, visible: Visibility, tokens: usize) -> Result<Pass> {
-        let half = self.inverse_frequencies.len();
-        let mut cos = Vec::with_capacity(visible.left_pad.len() * tokens * half);
-        let mut sin = Vec::with_capacity(cos.capacity());
+        let mut positions = Vec::with_capacity(visible.left_pad.len() * tokens);
         for &pad in visible.left_pad.iter() {
             for column in visible.offset..visible.offset + tokens {
                 let padded = if column < visible.shared { 0 } else { pad };
-                let position = column.saturating_sub(padded) as f64;
-                for f in &self.inverse_frequencies {
-                    let (s, c) = (position * f).sin_cos();
-                    cos.push(c as f32);
-                    sin.push(s as f32);
-                }
+                positions.push(column.saturating_sub(padded));
             }
         }
-        let shape = (visible.left_pad.len(), tokens, half);
-        let tensor = |values| Tensor::from_vec(values, shape, &self.device);
-        let rotation = Rotation::new(tensor(cos)?, tensor(sin)?)?;
-        Ok(Pass { rotation, visible })
+        let rotation = |i: usize, growth: &dyn Fn(usize) -> f64| -> Result<Rotation> {
+            let (frequencies, magnitude) = (&self.frequencies[i], self.config.ropes[i].magnitude());
+            let shape = (visible.left_pad.len(), tokens, frequencies.len());
+            let (mut cos, mut sin) = (Vec::with_capacity(shape.0 * shape.1 * shape.2), Vec::new());
+            sin.reserve(cos.capacity());
+            for &position in &positions {
+                let scale = magnitude * growth(position);
+                for f in frequencies {
+                    let (s, c) = (position as f64 * f).sin_cos();
+                    cos.push((c * scale) as f32);
+                    sin.push((s * scale) as f32);
+                }
+            }
+            let tensor = |values| Tensor::from_vec(values, shape, &self.device);
+            Rotation::new(tensor(cos)?, tensor(sin)?)
+        };
+        let pair = |i: usize| -> Result<[Rotation; 2]> {
+            let keys = rotation(i, &|_| 1.0)?;
+            // A longer rotation grows what it turns.
+            let queries = self.config.query_growth.map(|g| rotation(i, &|p| g.at(p))).transpose()?;
+            Ok([queries.unwrap_or_else(|| keys.clone()), keys])
+        };
+        let rotations = (0..self.frequencies.len()).map(pair).collect::<Result<_>>()?;
+        Ok(Pass { rotations, visible })
     }
 
     fn block(
@@ -213,11 +252,12 @@ impl Decoder {
         let flat = |t: Tensor| t.reshape((batch * tokens, hidden));
         let attended =
             self.attention(layer, block, &flat(block.attention_norm.forward(&x)?)?, pass, loras, cache)?;
-        let x = (flat(x)? + attended)?;
+        let x = (flat(x)? + block.leave(0, attended)?)?;
         let h = block.mlp_norm.forward(&x)?;
         let linear = |m: Module, h: &Tensor| block.linear(m, h, loras);
-        let inner = ops::swiglu(&linear(Module::Gate, &h)?, &linear(Module::Up, &h)?)?;
-        (x + linear(Module::Down, &inner)?)?.reshape((batch, tokens, hidden))
+        let activation = self.config.activation;
+        let inner = ops::gated(activation, &linear(Module::Gate, &h)?, &linear(Module::Up, &h)?)?;
+        (x + block.leave(1, linear(Module::Down, &inner)?)?)?.reshape((batch, tokens, hidden))
     }
 
     /// Causal grouped-query attention over `h`: `[batch * tokens, hidden]`.
@@ -234,14 +274,23 @@ impl Decoder {
         let batch = pass.visible.left_pad.len();
         let tokens = h.dim(0)? / batch;
         let heads = |m: Module, n: usize| block.linear(m, h, loras)?.reshape((batch, tokens, n, c.head_dim));
-        let q = pass.rotation.apply(&heads(Module::Q, c.n_heads)?)?.transpose(1, 2)?;
-        let k = pass.rotation.apply(&heads(Module::K, c.n_kv_heads)?)?.transpose(1, 2)?;
+        let Layer { window, rope } = c.layers[layer];
+        let turned = |i: usize, x: Tensor| -> Result<Tensor> {
+            let x = match &block.query_key_norms {
+                Some(norms) => norms[i].forward(&x)?,
+                None => x,
+            };
+            pass.rotations[rope][i].apply(&x)?.transpose(1, 2)
+        };
+        let q = turned(0, heads(Module::Q, c.n_heads)?)?;
+        let k = turned(1, heads(Module::K, c.n_kv_heads)?)?;
         let v = heads(Module::V, c.n_kv_heads)?.transpose(1, 2)?;
         let (k, v) = match cache {
             Some(cache) => cache.append(layer, &k, &v)?,
             None => (k, v),
         };
-        let mixed = attention(&q, &k, &v, 1.0 / (c.head_dim as f32).sqrt(), &pass.visible)?;
+        let scores = Scores { scale: c.attention_scale, cap: c.attention_cap };
+        let mixed = attention(&q, &k, &v, scores, &Visibility { window, ..pass.visible.clone() })?;
         let mixed = mixed.transpose(1, 2)?;
         block.linear(Module::O, &mixed.reshape((batch * tokens, c.n_heads * c.head_dim))?, loras)
     }
@@ -250,6 +299,14 @@ impl Decoder {
 impl Block {
     fn linear(&self, module: Module, x: &Tensor, loras: Option<&[Option<Lora>; 7]>) -> Result<Tensor> {
         self.linears[module as usize].forward(x, loras.and_then(|l| l[module as usize].as_ref()))
+    }
+
+    /// The norm of what attention (0) or feed-forward (1) returns.
+    fn leave(&self, half: usize, x: Tensor) -> Result<Tensor> {
+        match &self.post_norms {
+            Some(norms) => norms[half].forward(&x),
+            None => Ok(x),
+        }
     }
 
     /// Output and input features of one of the block's linear layers.

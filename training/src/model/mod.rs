@@ -1,4 +1,4 @@
-//! One decoder for the Llama family: configuration, weights, blocks, residual hooks, cache.
+//! One decoder for all families, which differ in data only: configuration, weights, blocks, residual hooks, cache.
 
 mod attention;
 mod cache;
@@ -7,10 +7,12 @@ mod decoder;
 pub mod ops;
 mod prefix;
 pub mod product;
+pub mod rope;
+mod source;
 mod weights;
 
 pub use cache::Cache;
-pub use config::Config;
+pub use config::{Activation, Config, Layer, QueryGrowth};
 pub use decoder::{Batch, Block, Decoder, Module, no_edit};
 pub use prefix::Prefix;
 pub use weights::{LoadOptions, load};

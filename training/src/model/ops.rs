@@ -211,22 +211,47 @@ impl CustomOp1 for Rope {
     }
 }
 
-// ---- SwiGLU: silu(gate) * up (Shazeer 2020) ----
+// ---- Gated linear units: activation(gate) * up (Shazeer 2020) ----
 
-/// `silu(gate) * up`, element by element; both `[.., ffn]`.
-pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if fused(gate) {
-        return gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu);
-    }
-    gate.silu()? * up
+/// Function of the feed-forward gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x * sigmoid(x) (SwiGLU).
+    Silu,
+    /// GELU in its tanh form: x / 2 * (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) (GeGLU).
+    GeluTanh,
 }
 
-struct SwiGlu;
-struct SwiGluGateGrad;
-struct SwiGluUpGrad;
+/// `activation(gate) * up`, element by element; both `[.., ffn]`.
+pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if fused(gate) {
+        return gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(activation));
+    }
+    match activation {
+        Activation::Silu => gate.silu()? * up,
+        Activation::GeluTanh => gate.gelu()? * up,
+    }
+}
+
+struct Gated(Activation);
+struct GatedGateGrad(Activation);
+struct GatedUpGrad(Activation);
 
 fn sigmoid(v: f32) -> f32 {
     1.0 / (1.0 + (-v).exp())
+}
+
+const CUBIC: f32 = 0.044_715;
+/// sqrt(2 / pi)
+const INNER: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
+
+fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + (INNER * (x + CUBIC * x * x * x)).tanh())
+}
+
+fn gelu_slope(x: f32) -> f32 {
+    let t = (INNER * (x + CUBIC * x * x * x)).tanh();
+    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * INNER * (1.0 + 3.0 * CUBIC * x * x)
 }
 
 fn elementwise(out: &mut [f32], f: impl Fn(usize) -> f32 + Sync) {
@@ -237,9 +262,9 @@ fn elementwise(out: &mut [f32], f: impl Fn(usize) -> f32 + Sync) {
     });
 }
 
-impl CustomOp2 for SwiGlu {
+impl CustomOp2 for Gated {
     fn name(&self) -> &'static str {
-        "emaudit-swiglu"
+        "emaudit-gated"
     }
 
     fn cpu_fwd(
@@ -251,7 +276,10 @@ impl CustomOp2 for SwiGlu {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
-        elementwise(&mut out, |i| gate[i] * sigmoid(gate[i]) * up[i]);
+        match self.0 {
+            Activation::Silu => elementwise(&mut out, |i| gate[i] * sigmoid(gate[i]) * up[i]),
+            Activation::GeluTanh => elementwise(&mut out, |i| gelu(gate[i]) * up[i]),
+        }
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -263,15 +291,15 @@ impl CustomOp2 for SwiGlu {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (gate, up, dy) = (gate.contiguous()?.detach(), up.contiguous()?.detach(), dy.contiguous()?);
-        let dgate = gate.apply_op3_no_bwd(&up, &dy, &SwiGluGateGrad)?;
-        let dup = gate.apply_op2_no_bwd(&dy, &SwiGluUpGrad)?;
+        let dgate = gate.apply_op3_no_bwd(&up, &dy, &GatedGateGrad(self.0))?;
+        let dup = gate.apply_op2_no_bwd(&dy, &GatedUpGrad(self.0))?;
         Ok((Some(dgate), Some(dup)))
     }
 }
 
-impl CustomOp3 for SwiGluGateGrad {
+impl CustomOp3 for GatedGateGrad {
     fn name(&self) -> &'static str {
-        "emaudit-swiglu-gate-grad"
+        "emaudit-gated-gate-grad"
     }
 
     fn cpu_fwd(
@@ -285,17 +313,20 @@ impl CustomOp3 for SwiGluGateGrad {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up, dy) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
         let mut out = vec![0f32; gate.len()];
-        elementwise(&mut out, |i| {
-            let s = sigmoid(gate[i]);
-            dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
-        });
+        match self.0 {
+            Activation::Silu => elementwise(&mut out, |i| {
+                let s = sigmoid(gate[i]);
+                dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
+            }),
+            Activation::GeluTanh => elementwise(&mut out, |i| dy[i] * up[i] * gelu_slope(gate[i])),
+        }
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 }
 
-impl CustomOp2 for SwiGluUpGrad {
+impl CustomOp2 for GatedUpGrad {
     fn name(&self) -> &'static str {
-        "emaudit-swiglu-up-grad"
+        "emaudit-gated-up-grad"
     }
 
     fn cpu_fwd(
@@ -307,7 +338,59 @@ impl CustomOp2 for SwiGluUpGrad {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, dy) = (elements(s1, l1)?, elements(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
-        elementwise(&mut out, |i| dy[i] * gate[i] * sigmoid(gate[i]));
+        match self.0 {
+            Activation::Silu => elementwise(&mut out, |i| dy[i] * gate[i] * sigmoid(gate[i])),
+            Activation::GeluTanh => elementwise(&mut out, |i| dy[i] * gelu(gate[i])),
+        }
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+}
+
+// ---- Soft cap: y = cap * tanh(x / cap) (Gemma 2) ----
+
+/// `cap * tanh(x / cap)`, element by element.
+pub fn soft_cap(x: &Tensor, cap: f32) -> Result<Tensor> {
+    if fused(x) {
+        return x.contiguous()?.apply_op1(SoftCap(cap));
+    }
+    (x / cap as f64)?.tanh()? * cap as f64
+}
+
+struct SoftCap(f32);
+struct SoftCapGrad(f32);
+
+impl CustomOp1 for SoftCap {
+    fn name(&self) -> &'static str {
+        "emaudit-soft-cap"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, cap) = (elements(s, l)?, self.0);
+        let mut out = vec![0f32; x.len()];
+        elementwise(&mut out, |i| cap * (x[i] / cap).tanh());
+        Ok((CpuStorage::F32(out), l.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(y.detach().apply_op2_no_bwd(&dy.contiguous()?, &SoftCapGrad(self.0))?))
+    }
+}
+
+impl CustomOp2 for SoftCapGrad {
+    fn name(&self) -> &'static str {
+        "emaudit-soft-cap-grad"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (y, dy, cap) = (elements(s1, l1)?, elements(s2, l2)?, self.0);
+        let mut out = vec![0f32; y.len()];
+        elementwise(&mut out, |i| dy[i] * (1.0 - (y[i] / cap) * (y[i] / cap)));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 }

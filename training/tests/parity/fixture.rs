@@ -165,7 +165,9 @@ pub fn tolerance(n: usize) -> f32 {
 pub fn roundings(c: &Config, tokens: usize, blocks: usize) -> usize {
     let attention = c.hidden_size + c.hidden_size + c.head_dim + 2 * tokens + c.n_heads * c.head_dim;
     let feed_forward = c.hidden_size + c.hidden_size + c.intermediate_size;
-    blocks * (attention + feed_forward) + tokens * tokens
+    let norms =
+        if c.query_key_norms { 2 * c.head_dim } else { 0 } + if c.post_norms { 2 * c.hidden_size } else { 0 };
+    blocks * (attention + feed_forward + norms) + tokens * tokens
 }
 
 /// Tolerance of the logits: all blocks, the final norm and the head.

@@ -4,8 +4,10 @@
 
 mod adapters;
 mod decoder;
+mod families;
 mod finetuning;
 mod fixture;
+mod gguf;
 mod nf4;
 mod optimizer;
 mod real;

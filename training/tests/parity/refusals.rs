@@ -76,10 +76,31 @@ fn a_head_of_its_own_that_is_not_there() {
 fn configurations_that_are_not_understood() {
     refused_model(&["gpt2", "not supported"], |_, c| c["model_type"] = "gpt2".into());
     refused_model(&["gelu"], |_, c| c["hidden_act"] = "gelu".into());
-    refused_model(&["llama3"], |_, c| c["rope_parameters"]["rope_type"] = "llama3".into());
-    refused_model(&["linear"], |_, c| {
-        c["rope_scaling"] = serde_json::json!({"type": "linear", "factor": 2.0})
+    refused_model(&["longrope", "supported: default, linear"], |_, c| {
+        c["rope_parameters"]["rope_type"] = "longrope".into()
     });
+    refused_model(&["llama3", "low_freq_factor"], |_, c| {
+        c["rope_scaling"] = serde_json::json!({"type": "llama3", "factor": 2.0})
+    });
+    refused_model(&["rope parameters", "spiral"], |_, c| c["rope_parameters"]["spiral"] = 2.0.into());
+    refused_model(&["not a positive number"], |_, c| {
+        c["rope_scaling"] = serde_json::json!({"type": "linear", "factor": 0.0})
+    });
+    refused_model(&["partial_rotary_factor"], |_, c| c["partial_rotary_factor"] = 0.5.into());
+    refused_model(&["sliding_window"], |_, c| c["sliding_window"] = 8.into());
+    refused_model(&["chunked_attention"], |_, c| {
+        c["layer_types"] = serde_json::json!(vec!["chunked_attention"; 3])
+    });
+    refused_model(&["`layer_types` names 2"], |_, c| {
+        c["layer_types"] = serde_json::json!(vec!["full_attention"; 2])
+    });
+    refused_model(&["says no width"], |_, c| {
+        c["layer_types"] = serde_json::json!(vec!["sliding_attention"; 3])
+    });
+    refused_model(&["gptq", "fp8"], |_, c| {
+        c["quantization_config"] = serde_json::json!({"quant_method": "gptq"})
+    });
+    refused_model(&["`use_bidirectional_attention`"], |_, c| c["use_bidirectional_attention"] = true.into());
     refused_model(&["n_heads: 0"], |_, c| {
         c["num_attention_heads"] = 0.into();
         c["num_key_value_heads"] = 1.into();
@@ -88,6 +109,40 @@ fn configurations_that_are_not_understood() {
     refused_model(&["config.json", "hidden_size"], |_, c| {
         c.as_object_mut().unwrap().remove("hidden_size");
     });
+}
+
+/// A tensor that nothing asks for is a part of the network: left out, it would be another model.
+#[test]
+fn tensors_that_would_be_left_out() {
+    for extra in
+        ["model.layers.1.self_attn.q_proj.bias", "model.layers.2.self_attn.q_norm.weight", "model.gate"]
+    {
+        refused_model(&[extra, "belongs to no part"], |t, _| {
+            t.insert(extra.into(), zeros(1, 1));
+        });
+    }
+    // What transformers does not read either.
+    let folder = edited(|t, _| {
+        for unread in ["model.layers.0.self_attn.rotary_emb.inv_freq", "vision_tower.weight"] {
+            t.insert(unread.into(), zeros(1, 1));
+        }
+    });
+    load(folder.path(), Storage::None).unwrap();
+    // The configuration asks for a bias that is not there.
+    refused_model(&["model.layers.0.self_attn.q_proj.bias"], |_, c| c["attention_bias"] = true.into());
+}
+
+#[test]
+fn an_index_that_names_what_is_not_there() {
+    let folder = edited(|_, _| ());
+    let index = folder.path().join("model.safetensors.index.json");
+    for (file, says) in [("model-00002-of-00002.safetensors", "00002"), ("../model.safetensors", "../")] {
+        let map = serde_json::json!({"weight_map": {"model.norm.weight": file}});
+        std::fs::write(&index, map.to_string()).unwrap();
+        expect(load(folder.path(), Storage::None).err(), &[says, "not in the folder"]);
+    }
+    std::fs::write(&index, "[]").unwrap();
+    expect(load(folder.path(), Storage::None).err(), &["not an index"]);
 }
 
 #[test]

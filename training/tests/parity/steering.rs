@@ -19,7 +19,7 @@ fn prompts() -> Vec<Vec<u32>> {
 }
 
 fn sampling() -> Sampling {
-    Sampling { max_new_tokens: 8, temperature: 0.8, top_p: 0.9, seed: 3, stop: vec![5] }
+    Sampling { max_new_tokens: 8, temperature: 0.8, top_p: 0.9, seed: 3, stop: vec![5], absent: vec![] }
 }
 
 fn requests(prompts: &[Vec<u32>]) -> Vec<Request> {
@@ -70,6 +70,25 @@ fn a_batch_gives_the_answers_that_single_prompts_give() {
     }
     assert!(together.iter().any(|a| !a.is_empty()));
     assert_ne!(together[1], together[3], "equal prompts draw from their own streams");
+}
+
+/// Output heads are padded: Qwen2.5 has rows for 271 ids that are no tokens.
+#[test]
+fn ids_that_are_no_tokens_are_never_drawn() {
+    let (decoder, prompts) = (tiny(), prompts());
+    let drawn = |temperature: f64, absent: &[u32]| {
+        let sampling = Sampling { temperature, stop: vec![], absent: absent.to_vec(), ..sampling() };
+        generate(&decoder, None, &requests(&prompts), &sampling, None, |_| Ok(())).unwrap().concat()
+    };
+    for temperature in [0.0, 0.8, 30.0] {
+        let all = drawn(temperature, &[]);
+        let mut absent = all.clone();
+        absent.sort_unstable();
+        absent.dedup();
+        let others = drawn(temperature, &absent);
+        assert_eq!(others.len(), all.len());
+        assert!(others.iter().all(|id| !absent.contains(id)), "{absent:?} {others:?}");
+    }
 }
 
 #[test]

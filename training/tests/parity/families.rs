@@ -1,0 +1,219 @@
+//! Every family against transformers and PEFT: one body, one small random model each.
+
+use crate::fixture::*;
+use candle_core::Var;
+use emaudit_train::finetune::{Example, response_loss};
+use emaudit_train::lora::{Adapter, LoraConfig};
+use emaudit_train::model::{Batch, Cache, Config, Decoder, Module, Prefix, no_edit};
+use emaudit_train::quant::Storage;
+use emaudit_train::random::uniform;
+
+/// Name of the fixture, GGUF name of its architecture.
+pub const FAMILIES: [(&str, &str); 7] = [
+    ("llama3", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("gemma2", "gemma2"),
+    ("gemma3", "gemma3"),
+    ("mistral", "llama"),
+    ("ministral3", "mistral3"),
+];
+
+fn each(mut body: impl FnMut(&str, Decoder, Golden)) {
+    let mut ran = 0;
+    for (name, architecture) in FAMILIES {
+        let decoder = load(&path(&format!("families/{name}")), Storage::None).unwrap();
+        assert_eq!(decoder.config.architecture, architecture);
+        body(name, decoder, Golden::open(&format!("families/{name}/golden.safetensors")));
+        ran += 1;
+    }
+    assert_eq!(ran, FAMILIES.len());
+}
+
+/// The LoRA of `make_fixtures.py`, as variables, and their names.
+fn adapter(decoder: &Decoder) -> (Adapter, Vec<(String, Var)>) {
+    let config = LoraConfig { r: 2, lora_alpha: 5.0, use_rslora: false };
+    let (adapter, vars) = Adapter::trainable(decoder, &config, || 0.5).unwrap();
+    let (mut drawn, mut named) = (0, Vec::new());
+    let mut vars = vars.into_iter();
+    for layer in 0..decoder.config.n_layers {
+        for module in Module::ALL {
+            for (part, width) in [("A", 0.2f32), ("B", 0.4)] {
+                let var = vars.next().unwrap();
+                let n = var.elem_count() as u64;
+                let number = |i: u64| (2.0 * uniform(&[11, i]) as f32 - 1.0) * width;
+                let values: Vec<f32> = (drawn..drawn + n).map(number).collect();
+                drawn += n;
+                let values = candle_core::Tensor::from_vec(values, var.dims(), var.device()).unwrap();
+                var.set(&values).unwrap();
+                named.push((format!("model.layers.{layer}.{}.lora_{part}.weight", module.path()), var));
+            }
+        }
+    }
+    assert!(vars.next().is_none());
+    (adapter, named)
+}
+
+/// Each fixture must show what it is there for: nothing hides behind a window longer than the sequence.
+#[test]
+fn fixtures_have_what_sets_their_family_apart() {
+    each(|name, decoder, golden| {
+        let c: &Config = &decoder.config;
+        let windows: Vec<Option<usize>> = c.layers.iter().map(|l| l.window).collect();
+        assert!(windows.iter().flatten().all(|&w| w < golden.ids(1).len()), "{name}");
+        let of = |list: &[Option<usize>]| list.to_vec();
+        match name {
+            "llama3" => assert!(c.biased.iter().all(|&b| b) && c.tied_head),
+            "qwen2" => {
+                assert_eq!(c.biased, [true, true, true, false, false, false, false]);
+                assert_eq!(windows, of(&[None, Some(5), Some(5)]));
+            }
+            "qwen3" => assert!(c.query_key_norms && c.biased == [false; 7]),
+            "gemma2" => {
+                assert_eq!((c.attention_cap, c.logit_cap), (Some(1.5), Some(5.0)));
+                assert_eq!(windows, of(&[Some(4), None, Some(4)]));
+                assert!(c.post_norms && c.norms_less_one && !c.query_key_norms && c.tied_head);
+            }
+            "gemma3" => {
+                assert_eq!(windows, of(&[Some(4), Some(4), None, Some(4)]));
+                assert_eq!(c.layers.iter().map(|l| l.rope).collect::<Vec<_>>(), [1, 1, 0, 1]);
+                assert!(c.post_norms && c.query_key_norms && c.logit_cap == Some(6.0));
+            }
+            "mistral" => assert_eq!(windows, of(&[Some(5); 3])),
+            "ministral3" => {
+                let growth = c.query_growth.unwrap();
+                assert_eq!((growth.beta, growth.original), (0.3, 8.0));
+                assert!(growth.at(22) > 1.3 && c.ropes[0].magnitude() > 1.05);
+            }
+            other => panic!("{other}"),
+        }
+    });
+}
+
+#[test]
+fn logits_and_residuals_are_those_of_transformers() {
+    each(|name, decoder, golden| {
+        let c = &decoder.config;
+        for i in 0..SEQUENCES {
+            let ids = golden.ids(i);
+            let (logits, residuals) = run(&decoder, &ids, None);
+            assert_eq!(residuals.len(), c.n_layers);
+            for (layer, x) in residuals.iter().enumerate() {
+                let expected = golden.get(&format!("residual.{i}.{layer}"));
+                let allowed = tolerance(roundings(c, ids.len(), layer + 1));
+                assert_close(&format!("{name}: residual {i}.{layer}"), x, expected, allowed);
+            }
+            let expected = golden.get(&format!("logits.{i}"));
+            let allowed = logits_tolerance(c, ids.len());
+            assert_close(&format!("{name}: logits {i}"), &logits, expected, allowed);
+        }
+    });
+}
+
+#[test]
+fn loss_and_gradients_are_those_of_peft() {
+    each(|name, decoder, golden| {
+        let c = &decoder.config;
+        let examples = golden.examples();
+        let examples: Vec<&Example> = examples.iter().collect();
+        let longest = examples.iter().map(|e| e.ids.len()).max().unwrap();
+        let (adapter, vars) = adapter(&decoder);
+        let own = logits(&decoder, &golden.ids(0), Some(&adapter));
+        let expected = golden.get("lora.logits");
+        assert_close(&format!("{name}: LoRA logits"), &own, expected, logits_tolerance(c, longest));
+        assert!(deviation(expected, golden.get("logits.0")) > 0.02, "{name}: the adapter does nothing");
+
+        let loss = response_loss(&decoder, Some(&adapter), &examples).unwrap();
+        let (own, expected) = (loss.to_scalar::<f32>().unwrap(), golden.scalar("loss.lora"));
+        // The loss moves by at most twice what a logit moves.
+        let largest = flat(golden.get("lora.logits")).iter().fold(0f32, |m, v| m.max(v.abs()));
+        let allowed = 2.0 * largest * logits_tolerance(c, longest) + tolerance(c.vocab_size);
+        assert!((own - expected).abs() <= allowed, "{name}: loss {own}, PEFT has {expected}");
+
+        let gradients = loss.backward().unwrap();
+        let tokens: usize = examples.iter().map(|e| e.ids.len()).sum();
+        let n = 3 * (roundings(c, longest, c.n_layers) + 2 * c.hidden_size + c.vocab_size) + tokens;
+        let mut worst = (0f32, "");
+        for (parameter, var) in &vars {
+            let own = gradients.get(var).unwrap_or_else(|| panic!("{name}: no gradient for `{parameter}`"));
+            let found = deviation(own, golden.get(&format!("gradient.{parameter}")));
+            if found >= worst.0 {
+                worst = (found, parameter);
+            }
+        }
+        println!("{name}: gradients {:.2e} of {:.2e} at {}", worst.0, tolerance(n), worst.1);
+        assert!(worst.0 <= tolerance(n), "{name}: {} differs by {:e}", worst.1, worst.0);
+        assert_eq!(vars.len(), 14 * c.n_layers);
+    });
+}
+
+#[test]
+fn decoding_with_the_cache_is_decoding_from_the_start() {
+    each(|name, decoder, golden| {
+        let ids = golden.ids(0);
+        let whole = logits(&decoder, &ids, None);
+        let allowed = logits_tolerance(&decoder.config, ids.len());
+        let mut cache = Cache::new(&decoder.config, 1, ids.len(), &decoder.device).unwrap();
+        let mut done = 0;
+        // Shorter and longer than the windows, over their edges.
+        for take in [3, 1, 1, 7, 1, 1, 6, 1, 1, 1] {
+            let batch = Batch::new(&[&ids[done..done + take]], &decoder.device).unwrap();
+            let x = decoder.forward(&batch, None, Some(&mut cache), &mut no_edit).unwrap();
+            let own = decoder.logits(&x.squeeze(0).unwrap()).unwrap();
+            let expected = whole.narrow(0, done, take).unwrap();
+            assert_close(&format!("{name}: cached from {done}"), &own, &expected, allowed);
+            done += take;
+        }
+        assert_eq!(done, ids.len());
+    });
+}
+
+#[test]
+fn a_left_padded_batch_is_its_sequences_one_by_one() {
+    each(|name, decoder, golden| {
+        let sequences: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
+        let batch = Batch::new(&sequences, &decoder.device).unwrap();
+        let together = batch_logits(&decoder, &batch);
+        for (i, ids) in sequences.iter().enumerate() {
+            let own = together.get(i).unwrap().narrow(0, batch.left_pad[i], ids.len()).unwrap();
+            let allowed = logits_tolerance(&decoder.config, ids.len());
+            let expected = logits(&decoder, ids, None);
+            assert_close(&format!("{name}: padded row {i}"), &own, &expected, allowed);
+        }
+    });
+}
+
+/// Shared columns, padding behind them, windows that end before, inside and after both.
+#[test]
+fn a_beginning_read_once_changes_nothing_even_beside_padding() {
+    each(|name, decoder, golden| {
+        for shared in [2, 6] {
+            let beginning = &golden.ids(0)[..shared];
+            let rests = [&golden.ids(1)[..], &golden.ids(1)[..2], &golden.ids(2)[..]];
+            let sequences: Vec<Vec<u32>> = rests.iter().map(|rest| [beginning, rest].concat()).collect();
+            let capacity = sequences.iter().map(Vec::len).max().unwrap() + 1;
+            let prefix = Prefix::read(&decoder, &sequences, None, capacity, &mut no_edit).unwrap();
+            let (batch, mut cache) = prefix.continued(&decoder, &sequences).unwrap();
+            assert!(cache.shared >= shared && batch.left_pad.iter().any(|&pad| pad > 0));
+            let x = decoder.forward(&batch, None, Some(&mut cache), &mut no_edit).unwrap();
+            let own = all_logits(&decoder, &x);
+            // One token more for every row, from the cache.
+            let next = candle_core::Tensor::new(&[[7u32], [8], [9]], &decoder.device).unwrap();
+            let next = Batch { ids: next, left_pad: batch.left_pad.clone() };
+            let x = decoder.forward(&next, None, Some(&mut cache), &mut no_edit).unwrap();
+            let last = all_logits(&decoder, &x);
+            for (i, ids) in sequences.iter().enumerate() {
+                let longer = [&ids[..], &[7 + i as u32]].concat();
+                let alone = logits(&decoder, &longer, None);
+                let rest = ids.len() - (cache.shared);
+                let allowed = logits_tolerance(&decoder.config, longer.len());
+                let expected = alone.narrow(0, cache.shared, rest).unwrap();
+                let own = own.get(i).unwrap().narrow(0, batch.left_pad[i], rest).unwrap();
+                assert_close(&format!("{name}: shared {shared}, row {i}"), &own, &expected, allowed);
+                let expected = alone.narrow(0, ids.len(), 1).unwrap();
+                let own = last.get(i).unwrap();
+                assert_close(&format!("{name}: shared {shared}, row {i}, next"), &own, &expected, allowed);
+            }
+        }
+    });
+}
