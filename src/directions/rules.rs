@@ -25,10 +25,13 @@ fn rule(holds: bool, field: impl Display, value: impl Debug, must: impl Display)
 
 impl Manifest {
     /// Reads the JSON text under `emaudit.manifest`; the values are not yet checked against each other.
-    pub(super) fn from_json(text: &str) -> Result<Manifest> {
-        let object = json::parse(text)
-            .map_err(|e| Error::Malformed(format!("`emaudit.manifest` is not strict JSON: {e}")))?;
-        json::typed(&object.into()).map_err(|e| Error::Schema(format!("`emaudit.manifest`: {e}")))
+    pub(super) fn from_json(text: &json::Text<'_>) -> Result<Manifest> {
+        text.read().map_err(|refusal| match refusal.rule() {
+            json::Rule::Strict => {
+                Error::Malformed(format!("`emaudit.manifest` is not strict JSON: {refusal}"))
+            }
+            json::Rule::Shape => Error::Schema(format!("`emaudit.manifest`: {refusal}")),
+        })
     }
 
     /// Checks every rule of the format that concerns the metadata alone.
@@ -274,7 +277,7 @@ mod tests {
         let specification = include_str!("FORMAT.md");
         let (_, rest) = specification.split_once("```json\n").expect("an example");
         let (example, _) = rest.split_once("\n```").expect("its end");
-        let manifest = Manifest::from_json(example).unwrap();
+        let manifest = Manifest::from_json(&example.into()).unwrap();
         manifest.validate().unwrap();
         // Nothing in the example is ignored, and nothing is missing from it.
         let read: serde_json::Value = serde_json::from_str(example).unwrap();
@@ -284,7 +287,7 @@ mod tests {
     #[test]
     fn a_sentence_names_the_field_the_value_and_the_mend() {
         let (_, rest) = include_str!("FORMAT.md").split_once("```json\n").unwrap();
-        let mut manifest = Manifest::from_json(rest.split_once("\n```").unwrap().0).unwrap();
+        let mut manifest = Manifest::from_json(&rest.split_once("\n```").unwrap().0.into()).unwrap();
         manifest.layers[0].calibration.as_mut().unwrap().thresholds[0].rate = 0.001;
         let sentence = manifest.validate().unwrap_err().to_string();
         assert_eq!(
