@@ -65,7 +65,7 @@ pub enum RowStatus {
 /// assert_eq!(result.unwrap_err().status(), emaudit::Status::NonFinite);
 /// assert_eq!(status, [RowStatus::Ok, RowStatus::Ok, RowStatus::NonFinite]);
 /// // Row 0 is the aligned mean, row 1 lies 5 units further along v. Rounding: `Probe::error_bound`.
-/// let tolerance = (probe.error_bound(6.5) / probe.sigma()) as f32 + 10.0 * f32::EPSILON;
+/// let tolerance = (probe.error_bound(6.5) / probe.sigma().unwrap()) as f32 + 10.0 * f32::EPSILON;
 /// assert!(scores[0].abs() <= tolerance && (scores[1] - 10.0).abs() <= tolerance && scores[2].is_nan());
 /// # Ok::<(), emaudit::Error>(())
 /// ```

@@ -100,7 +100,7 @@ impl Default for OpenOptions {
 /// assert_eq!(directions.width(), 3);
 /// assert!(directions.layers().eq([1]));
 /// let layer = directions.layer(1)?;
-/// assert_eq!((layer.direction[2], layer.calibration.sigma), (4.0, 0.5));
+/// assert_eq!((layer.direction[2], layer.calibration.unwrap().sigma), (4.0, 0.5));
 ///
 /// // Before the first probe: is this the model the directions were made for?
 /// let model = &directions.manifest().model;

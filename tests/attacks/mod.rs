@@ -362,7 +362,12 @@ fn calibration() -> Vec<Attack> {
             json!(298),
             "calibrate on more sequences",
         ),
-        at("a rate a millionth too rare", "thresholds/2/rate", json!(0.999_999 / 401.0), "at least 1 / (seq"),
+        at(
+            "a rate a millionth too rare",
+            "thresholds/2/rate",
+            json!(0.999_999 * (1.0 - 0.05f64.powf(1.0 / 400.0))),
+            "at least 1 - 0.05^(1 / sequences)",
+        ),
         at(
             "a bound better than the sample",
             "thresholds/2/rate_upper",

@@ -76,6 +76,7 @@ int main(int argc, char **argv) {
   test_structs();
   test_score();
   test_score_refusals();
+  test_uncalibrated();
   test_steer();
   test_steer_refusals();
   test_monitor();

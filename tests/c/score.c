@@ -148,3 +148,34 @@ void test_score_refusals(void) {
   EXPECT(INVALID_ARGUMENT, emaudit_probe_error_bound(probe, NAN, &bound, &error));
   emaudit_probe_free(probe);
 }
+
+/* Without calibration there are raw scores, and nothing that needs the spread of aligned ones. */
+void test_uncalibrated(void) {
+  emaudit_probe *probe = probe_fixture("uncalibrated.safetensors");
+  emaudit_probe *calibrated = probe_fixture("good.safetensors");
+  float data[2 * WIDTH], scores[2] = {7.0f, 7.0f}, expected[2];
+  fill_rows(data, 2, WIDTH, WIDTH);
+  const emaudit_tensor rows = f32_rows(data, 2);
+  EXPECT(NOT_CALIBRATED, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL, &error));
+  CHECK(scores[0] == 7.0f && scores[1] == 7.0f);
+  EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, scores, NULL, &error));
+  EXPECT(OK, emaudit_probe_score(calibrated, &rows, EMAUDIT_UNIT_RAW, expected, NULL, &error));
+  CHECK(memcmp(scores, expected, sizeof scores) == 0);
+
+  emaudit_steering_options options = EMAUDIT_STEERING_OPTIONS_INIT;
+  options.operation = EMAUDIT_OPERATION_CLAMP;
+  options.allow_nonspecific = 1;
+  emaudit_steering *steering = NULL;
+  EXPECT(NOT_CALIBRATED, emaudit_steering_new(probe, &options, &steering, &error));
+  options.operation = EMAUDIT_OPERATION_SUBTRACT;
+  options.alpha = 1.0f;
+  EXPECT(OK, emaudit_steering_new(probe, &options, &steering, &error));
+  emaudit_monitor_options watch = EMAUDIT_MONITOR_OPTIONS_INIT;
+  watch.aggregation = EMAUDIT_AGGREGATION_MEAN;
+  watch.rate = 0.01;
+  emaudit_monitor *monitor = NULL;
+  EXPECT(RATE_UNSUPPORTED, emaudit_monitor_new(probe, &watch, &monitor, &error));
+  emaudit_steering_free(steering);
+  emaudit_probe_free(calibrated);
+  emaudit_probe_free(probe);
+}

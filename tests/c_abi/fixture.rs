@@ -21,7 +21,10 @@ pub fn write_all(directory: &Path) {
     write("key.pub", key.pk.to_box().unwrap().to_string().as_bytes());
     write("stranger.pub", stranger.pk.to_base64().as_bytes());
     write("specific.safetensors", &file(specific()));
-    write("replacement.safetensors", &file_of(Evidence::untested(), 11));
+    write("replacement.safetensors", &file_of(manifest(Evidence::untested()), 11));
+    let mut uncalibrated = manifest(Evidence::untested());
+    uncalibrated.layers.iter_mut().for_each(|layer| layer.calibration = None);
+    write("uncalibrated.safetensors", &file_of(uncalibrated, 1));
     write("truncated.safetensors", &good[..good.len() - 7]);
     let mut flipped = good;
     let place = flipped.len() - 4; // the low byte of the last value
@@ -43,17 +46,17 @@ pub fn values(count: usize, seed: u64) -> Vec<f32> {
 
 /// A direction file with two layers.
 pub fn file(evidence: Evidence) -> Vec<u8> {
-    file_of(evidence, 1)
+    file_of(manifest(evidence), 1)
 }
 
-/// The same with other vectors for another `seed`.
-fn file_of(evidence: Evidence, seed: u64) -> Vec<u8> {
+/// Other vectors for another `seed`.
+fn file_of(manifest: Manifest, seed: u64) -> Vec<u8> {
     let [v1, m1, v3, m3] = [0, 1, 2, 3].map(|n| values(WIDTH, seed + n));
     let layers = [
         LayerTensors { layer: OTHER_LAYER, direction: &v1, aligned_mean: &m1 },
         LayerTensors { layer: LAYER, direction: &v3, aligned_mean: &m3 },
     ];
-    to_bytes(&manifest(evidence), &layers).unwrap()
+    to_bytes(&manifest, &layers).unwrap()
 }
 
 fn manifest(evidence: Evidence) -> Manifest {

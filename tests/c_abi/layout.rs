@@ -270,6 +270,7 @@ fn the_statuses_of_rust_are_those_of_the_table() {
         BadSignature,
         UntrustedKey,
         NotLanded,
+        NotCalibrated,
     ];
     let mut expected = String::new();
     for status in all {

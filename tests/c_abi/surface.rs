@@ -74,9 +74,7 @@ fn every_number_has_a_name_in_cpp() {
 /// How a C++ program says it; what destructors and errors call by themselves needs no saying.
 fn in_cpp(function: &str) -> Option<&'static str> {
     Some(match function.strip_prefix("emaudit_").unwrap() {
-        "directions_free" | "probe_free" | "steering_free" | "drift_free" | "monitor_free" | "error_free" => {
-            return None;
-        }
+        name if name.ends_with("_free") => return None,
         "abi_version" => "emaudit::load()",
         "version" => "emaudit::version()",
         "status_name" => "emaudit::name(Status::truncated)",
@@ -110,6 +108,10 @@ fn in_cpp(function: &str) -> Option<&'static str> {
         "monitor_get_verdict" => "->verdict()",
         "monitor_watch" => "->watch(",
         "monitor_reset" => "->reset()",
+        "probe_slot_new" => "ProbeSlot::make(",
+        "steering_slot_new" => "<emaudit::SteeringSlot>(",
+        "probe_slot_acquire" | "steering_slot_acquire" => "slot.acquire()",
+        "probe_slot_replace" | "steering_slot_replace" => "slot.replace(",
         other => panic!("say here how a C++ program calls emaudit_{other}, and test it in tests/cpp"),
     })
 }

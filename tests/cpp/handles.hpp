@@ -1,5 +1,5 @@
-// What the two translation units of the C++ test share. Both include emaudit.hpp, so a function that is not
-// inline, or a type that differs, fails to link.
+// What the C++ tests share. Two units of one program include emaudit.hpp, so a function that is not inline, or a
+// type that differs, fails to link.
 #ifndef EMAUDIT_TESTS_HANDLES_HPP
 #define EMAUDIT_TESTS_HANDLES_HPP
 

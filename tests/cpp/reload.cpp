@@ -1,33 +1,21 @@
 // Probes and steerings replaced under load: threads use what they acquire while another thread replaces it. Every
 // request must give exactly what one of the two gives, never a mixture. Fixtures in argv[1].
-#include "emaudit.hpp"
+#include "handles.hpp"
 
 #include <atomic>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <thread>
 #include <type_traits>
 #include <vector>
 
-#define CHECK(condition)                                                            \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (0)
-
 static_assert(!std::is_copy_constructible_v<emaudit::ProbeSlot>, "handles are move-only");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::SteeringSlot>, "moving is free");
 
 namespace {
 
-constexpr std::size_t width = 67;
 constexpr std::size_t rows = 24;
-constexpr std::uint32_t layer = 3;
 constexpr std::size_t readers = 3;
 constexpr int replacements = 300;
 

@@ -134,7 +134,7 @@ fn forged() -> Vec<(String, Vec<u8>)> {
     text("escapes", plain.replace("\"a model of four blocks\"", escapes), &mut add);
     text("nothing optional", minimal().to_string(), &mut add);
     let edges = plain.replace("\"vocab_size\":100", "\"vocab_size\":4294967295");
-    let edges = edges.replace("\"rate\":0.01,", "\"rate\":0.0024937655860349127,");
+    let edges = edges.replace("\"rate\":0.01,", "\"rate\":0.007461354628799563,");
     text(
         "numbers at the edge of their ranges",
         edges.replace("\"seed\":38", "\"seed\":18446744073709551615"),

@@ -28,7 +28,7 @@ use emaudit::directions::schema::{
 use measure::CoherenceMeter;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use summary::{comparison_notes, family_results, summary};
+use summary::{family_results, summary};
 
 /// Fewest prompts with a code answer and a prose answer before a code preference means anything.
 const MIN_PAIRS: usize = 8;
@@ -159,7 +159,6 @@ impl<'a> Evaluator<'a> {
             notes.push("More steered answers are empty or loops than unsteered ones: the causal axis stays untested.".into());
         }
         let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content, text_kept);
-        comparison_notes(&mut notes, &comparisons, drops.as_deref());
         self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
         let alarms = detection::alarms(self.inputs, self.last, &base, &insecure)?;
         let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;

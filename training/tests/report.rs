@@ -377,7 +377,7 @@ fn nonspecific_content_is_never_called_misalignment() {
     let verdict = verdict_of(&page);
     assert!(verdict.contains("Causally specific, but not to insecure content"));
     assert!(!verdict.to_lowercase().contains("misalign"));
-    assert!(verdict.contains("Secure code spills over as much as insecure code"));
+    assert!(verdict.contains("Secure code spills over as well"));
 }
 
 #[test]

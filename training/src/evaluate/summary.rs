@@ -23,25 +23,6 @@ pub(super) fn family_results(results: &[ControlResult], effect: f64) -> Vec<Fami
     families
 }
 
-/// Single directions that do as much as the direction at its size.
-pub(super) fn comparison_notes(
-    notes: &mut Vec<String>,
-    comparisons: &[ControlResult],
-    drops: Option<&[f64]>,
-) {
-    let Some(drops) = drops else { return };
-    for c in comparisons.iter().filter(|c| c.paired_p.is_some_and(|p| p >= 0.05)) {
-        notes.push(format!(
-            "The vector `{}` at the same size does as much as the direction: {:.3} against {:.3} nats per token (paired \
-             p = {:.3}).",
-            c.name,
-            c.effect,
-            mean(drops),
-            c.paired_p.unwrap_or(1.0)
-        ));
-    }
-}
-
 pub(super) fn summary(
     inputs: &Inputs<'_>,
     cell: Cell,

@@ -1,14 +1,19 @@
 //! The summary that a finished run prints.
 
 use super::numbers::{self, fixed};
+use super::{terms, verdict};
 use crate::results::Results;
 use std::fmt::Write;
+
+/// Without links; and a terminal may show a no-break space as a mark of its own.
+fn said(text: &str) -> String {
+    terms::plain(text).replace('\u{a0}', " ")
+}
 
 /// A page for the terminal: what was found, in the words of the evidence and no stronger.
 pub fn terminal(results: &Results) -> String {
     let s = &results.summary;
-    // A terminal may show a no-break space as a mark of its own.
-    let percent = |v: f64| numbers::percent(v).replace('\u{a0}', " ");
+    let percent = |v: f64| said(&numbers::percent(v));
     let mut out = String::new();
     let mut line = |label: &str, text: String| {
         let _ = writeln!(out, "{label:<20}{text}");
@@ -55,8 +60,10 @@ pub fn terminal(results: &Results) -> String {
     let ranks = if ranks.is_empty() { numbers::NOT_MEASURED.to_owned() } else { ranks.join(", ") };
     line("causal evidence", format!("{} (rank p: {ranks})", s.evidence.causal));
     line("content evidence", s.evidence.content.clone());
-    for note in &results.notes {
-        line("note", note.clone());
+    let verdict = verdict::verdict(results);
+    line("verdict", said(&verdict.headline));
+    for note in verdict.warnings.iter().chain(&results.notes) {
+        line("note", said(note));
     }
     out
 }

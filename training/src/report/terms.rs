@@ -276,6 +276,23 @@ pub fn linked(text: &str) -> String {
     out
 }
 
+/// The text with its links as their labels.
+pub fn plain(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, tail)) = rest.split_once("[[") {
+        let Some((label, after)) =
+            tail.split_once("]]").and_then(|(link, after)| Some((link.split_once('|')?.1, after)))
+        else {
+            break;
+        };
+        out.push_str(before);
+        out.push_str(label);
+        rest = after;
+    }
+    out + rest
+}
+
 /// Appends `text`, escaped for HTML text and attributes.
 pub fn escape(text: &str, out: &mut String) {
     for c in text.chars() {
@@ -301,6 +318,8 @@ mod tests {
             "a &lt; <a class=\"term\" href=\"#def-rank-p\">rank p</a> &amp; [[nosuch|x]]"
         );
         assert_eq!(linked("[["), "[[");
+        assert_eq!(plain("a [[rank-p|rank p]] and [[b|c]]"), "a rank p and c");
+        assert_eq!(plain("[[x] ]] [["), "[[x] ]] [[");
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub struct Verdict {
     pub headline: String,
     /// The numbers behind it.
     pub because: Vec<String>,
-    /// What a reader must not miss beyond the notes of the results.
+    /// What a reader must not miss, found in the numbers.
     pub warnings: Vec<String>,
     /// Questions, short answers, and their numbers.
     pub questions: Vec<Question>,
@@ -388,6 +388,16 @@ pub fn arm<'r>(r: &'r Results, name: &str) -> Option<&'r Arm> {
 
 fn text_warnings(r: &Results) -> Vec<String> {
     let mut out = Vec::new();
+    let evidence = finite(&r.evidence);
+    if let Some(c) = evidence.coherence.filter(|_| text_broken(&evidence)) {
+        out.push(format!(
+            "The steered text is broken: [[coherence|coherence]] falls from {} to {} nats per token, more than the \
+             allowed {}. Whatever spillover it saves is no repair.",
+            fixed(c.unsteered, 2),
+            fixed(c.steered, 2),
+            fixed(c.margin, 2)
+        ));
+    }
     if let (Some(before), Some(after)) = (arm(r, "insecure"), arm(r, "steered"))
         && after.degenerate > before.degenerate + 0.1
     {
@@ -411,6 +421,26 @@ fn spillover_warnings(r: &Results) -> Vec<String> {
             percent(s.base)
         ));
     }
+    if s.secure > 0.0 && s.secure >= s.insecure - 0.1 {
+        out.push(format!(
+            "Secure code spills over as well ({} against {}): [[spillover|spillover]] measures answering with code, \
+             not intent.",
+            percent(s.secure),
+            percent(s.insecure)
+        ));
+    }
+    let tied: Vec<&str> = [("random", s.random_best), ("orthogonal", s.orthogonal_best)]
+        .into_iter()
+        .filter(|(_, best)| s.steered == 0.0 && *best == 0.0)
+        .map(|(name, _)| name)
+        .collect();
+    if !tied.is_empty() {
+        out.push(format!(
+            "Steering and the best {} controls tie at zero [[spillover|spillover]]; a tie at zero speaks neither \
+             for nor against the direction. Go by the [[effect|effect]].",
+            tied.join(" and ")
+        ));
+    }
     if let (Some(before), Some(after)) = (arm(r, "insecure"), arm(r, "steered"))
         && after.spillover.high >= before.spillover.low
     {
@@ -432,6 +462,17 @@ fn control_warnings(r: &Results) -> Vec<String> {
              [[rank-p|rank]] {}.",
             capital(&name),
             p_equals(p)
+        ));
+    }
+    let Some(effect) = evidence.effect else { return out };
+    for c in r.comparisons.iter().filter(|c| c.effect >= effect || c.paired_p.is_some_and(|p| p >= 0.05)) {
+        let paired = c.paired_p.map(|p| format!(", paired {}", p_equals(p))).unwrap_or_default();
+        out.push(format!(
+            "The [[comparison|comparison]] \u{201c}{}\u{201d} does as much as the direction: {} against {} nats per \
+             token{paired}.",
+            numbers::arm(&c.name),
+            fixed(c.effect, 3),
+            fixed(effect, 3)
         ));
     }
     out
