@@ -469,7 +469,7 @@ mod tests {
     /// Its counts are written by clones and drops, of which scoring does none: see below.
     impl Unwritten for Option<(Arc<Directions>, u32)> {}
 
-    fn unwritten(_: &impl Unwritten) {}
+    fn unwritten<T: Unwritten>(_: &T) {}
 
     #[test]
     fn scoring_writes_to_nothing_that_threads_share() {
@@ -486,8 +486,10 @@ mod tests {
             unwritten(length);
             assert!(vector.as_ptr().addr().is_multiple_of(Aligned::LINE));
         }
-        (unwritten(source), unwritten(kernel), unwritten(direction_norm), unwritten(unit_norm));
-        (unwritten(offset), unwritten(sigma));
+        unwritten(source);
+        unwritten(kernel);
+        [direction_norm, unit_norm, offset].into_iter().for_each(unwritten);
+        unwritten(sigma);
         assert!(std::ptr::from_ref(&*probe.inner).addr().is_multiple_of(Aligned::LINE));
 
         let rows: Vec<f32> = (0..4 * width).map(|i| (i % 11) as f32).collect();
