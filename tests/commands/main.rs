@@ -69,6 +69,7 @@ impl Folder {
     }
 
     /// A file that seems to have `size` bytes and holds only these.
+    #[cfg(target_os = "linux")]
     fn sparse(&self, name: &str, bytes: &[u8], size: u64) -> PathBuf {
         let path = self.write(name, bytes);
         std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size).unwrap();

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 pub struct Export {
     /// The direction file.
     file: PathBuf,
-    /// The GGUF file to write; it is replaced in one step.
+    /// The GGUF file to write. A regular file that is there is replaced in one step, unless it is the direction file.
     #[arg(long, value_name = "GGUF")]
     to: PathBuf,
     /// Layers to write, such as 12 or 10-14,20; without it, all.

@@ -26,7 +26,7 @@ use std::process::ExitCode;
 pub struct Import {
     /// GGUF control vector (tensors direction.N), .npy or safetensors: [width], or [layers, width].
     source: PathBuf,
-    /// The direction file to write; it is replaced in one step.
+    /// The direction file to write. A regular file that is there is replaced in one step, unless it is read here.
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
     /// The tool that made the vectors, e.g. repeng or cvector-generator.

@@ -109,6 +109,7 @@ mod tests {
         let read = |text: &str| text.parse::<Layers>().map(|l| l.0);
         assert_eq!(read("12"), Ok(vec![12]));
         assert_eq!(read("10-12,3"), Ok(vec![10, 11, 12, 3]));
+        assert_eq!(read("99999,0-99998").map(|all| all.len()), Ok(100_000));
         for wrong in ["", "a", "1-", "-1", "3-1", "1,1", "0-2,1", "0-99999999", "1 2"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }
