@@ -16,7 +16,7 @@ const FEATURES: [&str; 0] = [];
 /// Largest JSON header, in bytes.
 pub(super) const HEADER_CAP: u64 = 16 << 20;
 /// Largest file, in bytes: hundreds of layers of any width fit; a model's weights, given by mistake, do not.
-pub(super) const FILE_CAP: u64 = 1 << 30;
+pub const FILE_CAP: u64 = 1 << 30;
 /// The tensor data begins at a multiple of this many bytes.
 pub(super) const ALIGNMENT: usize = 64;
 /// The bytes just before the stated content digest.

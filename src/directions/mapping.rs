@@ -39,8 +39,11 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-/// Opens a regular file and gives its length at this moment.
-pub(super) fn open_regular(path: &Path) -> Result<(File, u64)> {
+/// Opens a regular file and gives its length at this moment. A pipe is refused, where opening it would wait for a writer.
+///
+/// # Errors
+/// [`Error::Io`]; of the kind `InvalidInput` where it is not a regular file.
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
     let io = |source| Error::Io { action: "open", path: path.to_owned(), source };
     // Asked before opening: to open a pipe would wait for a writer.
     if !std::fs::metadata(path).map_err(io)?.is_file() {
