@@ -273,7 +273,7 @@ fn at_the_first_token_every_statistic_has_one_threshold() {
         folder.directions(name, |manifest, _| {
             let thresholds = &mut manifest.layers[1].calibration.as_mut().unwrap().thresholds;
             let mean = thresholds[0];
-            let last = Threshold { statistic: Aggregation::Last, z, rate_upper: 0.08, ..mean };
+            let last = Threshold { statistic: Aggregation::Last, z, rate_upper: 0.045, ..mean };
             thresholds.push(Threshold { statistic: Aggregation::Max, ..mean });
             thresholds.push(last);
         })
