@@ -283,7 +283,7 @@ fn at_the_first_token_every_statistic_has_one_threshold() {
     let output = emaudit(&[&score(utf8(&agreed))[..], &["--json"]].concat());
     assert!(output.status.success(), "{}", text(&output.stdout));
     // That on the last token.
-    assert_eq!(lines(&output).pop().unwrap()["threshold"]["rate_upper"], 0.08);
+    assert_eq!(lines(&output).pop().unwrap()["threshold"]["rate_upper"], 0.045);
     let sentence = "at the first token the last and the mean are one number";
     refused(&score(utf8(&parted)), 1, Status::Schema as i32, sentence);
 }
