@@ -74,7 +74,9 @@ pub struct Probe {
     inner: Arc<Inner>,
 }
 
+/// On cache lines of its own: the counts of the `Arc` lie before it, and a clone in another thread writes to them.
 #[derive(Debug)]
+#[repr(align(64))]
 struct Inner {
     source: Option<(Arc<Directions>, u32)>,
     kernel: Kernel,
@@ -449,4 +451,60 @@ fn check_vectors(direction: &[f32], aligned_mean: &[f32], sigma: f64) -> Result<
 
 fn norm(vector: &[f32]) -> f64 {
     vector.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>().sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What nobody can write to through a shared reference. Whoever adds a type here says so of it; there are no cells,
+    /// atomics or locks among them, so threads that score with one probe share nothing that any of them writes.
+    trait Unwritten {}
+    impl Unwritten for f64 {}
+    impl Unwritten for Option<f64> {}
+    impl Unwritten for u32 {}
+    impl Unwritten for usize {}
+    impl Unwritten for Vec<f32> {}
+    impl Unwritten for Kernel {}
+    /// Its counts are written by clones and drops, of which scoring does none: see below.
+    impl Unwritten for Option<(Arc<Directions>, u32)> {}
+
+    fn unwritten<T: Unwritten>(_: &T) {}
+
+    #[test]
+    fn scoring_writes_to_nothing_that_threads_share() {
+        let width = 96;
+        let direction: Vec<f32> = (0..width).map(|i| (i % 7) as f32 - 2.5).collect();
+        let probe = Probe::from_vectors(&direction, &vec![0.25; width], 0.5, None).unwrap();
+        // Without `..`: a new field is a new line here.
+        let Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma } =
+            &*probe.inner;
+        for vector in [direction, unit] {
+            let Aligned { storage, start, length } = vector;
+            unwritten(storage);
+            unwritten(start);
+            unwritten(length);
+            assert!(vector.as_ptr().addr().is_multiple_of(Aligned::LINE));
+        }
+        unwritten(source);
+        unwritten(kernel);
+        [direction_norm, unit_norm, offset].into_iter().for_each(unwritten);
+        unwritten(sigma);
+        assert!(std::ptr::from_ref(&*probe.inner).addr().is_multiple_of(Aligned::LINE));
+
+        let rows: Vec<f32> = (0..4 * width).map(|i| (i % 11) as f32).collect();
+        let rows = Rows::new(&rows, 4, width, width).unwrap();
+        let score = || {
+            let mut scores = [0.0; 4];
+            probe.score(&rows, ScoreUnit::Raw, &mut scores, None).unwrap();
+            (scores.map(f32::to_bits), Arc::strong_count(&probe.inner))
+        };
+        let alone = score();
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| [(); 100].map(|()| score()))).collect();
+            for thread in threads {
+                assert!(thread.join().unwrap().iter().all(|seen| *seen == (alone.0, 1)));
+            }
+        });
+    }
 }

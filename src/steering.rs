@@ -102,11 +102,16 @@ pub struct Steering {
     /// Norm and largest |element| of the vector that is subtracted.
     edit_norm: f64,
     edit_peak: f64,
+    /// The edit needs no score: it is the same for every row, and a row whose norm is no extreme has one.
+    blind: bool,
 }
 
-/// Rows that are scored one after the other before they are edited one after the other: the two vectors then take
-/// turns in the first cache once per group, and the group stays in the second.
-const GROUP: usize = 8;
+/// Rows that are scored before they are edited: the two vectors then take turns in the first cache once per group, and
+/// the group stays near. Even: rows are scored two and two.
+const GROUP: usize = 4;
+/// How far ahead of the row in work memory is fetched where a row is edited as soon as it is read: at least two rows,
+/// and this many bytes.
+const AHEAD: usize = 16 << 10;
 
 /// What is to be done to one row: `h -= c * vector`, and nothing when `c` is 0.
 struct Decision {
@@ -164,7 +169,10 @@ impl Steering {
             _ => (probe.unit_direction(), probe.unit_norm()),
         };
         let edit_peak = vector.iter().fold(0.0f64, |peak, x| peak.max(f64::from(x.abs())));
-        Ok(Steering { probe: probe.clone(), kernel: probe.bound_kernel(), options, edit_norm, edit_peak })
+        let constant = matches!(options.operation, Operation::Subtract { .. });
+        let blind = constant && options.gate.is_none() && every_row_has_a_score(probe);
+        let (probe, kernel) = (probe.clone(), probe.bound_kernel());
+        Ok(Steering { probe, kernel, options, edit_norm, edit_peak, blind })
     }
 
     /// Edits every row in place. `strengths` and `status` have one element per row.
@@ -219,6 +227,13 @@ impl Steering {
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
         self.check(&rows.as_rows(), strengths, status.as_deref())?;
+        if scores.is_none() && self.blind {
+            return Ok(match rows.dtype() {
+                Dtype::F32 => self.run_blind::<f32>(rows, strengths, status),
+                Dtype::F16 => self.run_blind::<f16>(rows, strengths, status),
+                Dtype::Bf16 => self.run_blind::<bf16>(rows, strengths, status),
+            });
+        }
         Ok(match rows.dtype() {
             Dtype::F32 => self.run_as::<f32>(rows, scores, strengths, status),
             Dtype::F16 => self.run_as::<f16>(rows, scores, strengths, status),
@@ -259,26 +274,27 @@ impl Steering {
         let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
         // Scoring fetches all of the rows to come where few are edited; else scoring and editing fetch half each.
         let gated = self.options.gate.is_some();
-        let count = rows.rows();
+        let (count, unit) = (rows.rows(), self.probe.unit_direction());
         for first in (0..count).step_by(GROUP) {
-            let mut seen = [(None, 0.0); GROUP];
-            let end = count.min(first + GROUP);
-            for (i, seen) in (first..end).zip(&mut seen) {
-                let (row, later) = rows.row_and_later::<T>(i, i + GROUP);
-                let (dot, squares) =
-                    self.kernel.dot_squares_ahead(row, self.probe.unit_direction(), later, gated);
-                *seen = (self.probe.projection(dot), squares);
+            let mut seen = [(0.0, 0.0); GROUP];
+            let view = rows.as_rows();
+            let row = |i: usize| if i < count { view.row::<T>(i) } else { &[] };
+            for (i, seen) in (first..count.min(first + GROUP)).step_by(2).zip(seen.chunks_exact_mut(2)) {
+                if i + 1 < count {
+                    let (rows, next) = ([row(i), row(i + 1)], [row(i + GROUP), row(i + 1 + GROUP)]);
+                    seen.copy_from_slice(&self.kernel.dot_squares_ahead(rows, unit, next, gated));
+                } else {
+                    seen[0] = (self.kernel.dot(row(i), unit), self.kernel.squares(row(i)));
+                }
             }
-            for (i, (projection, squares)) in (first..end).zip(seen) {
+            for (i, (dot, squares)) in (first..count).zip(seen) {
+                let projection = self.probe.projection(dot);
                 if let Some((unit, scores)) = &mut scores {
                     scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
                 }
                 let strength = strengths.map_or(1.0, |s| s[i]);
                 let (row, later) = rows.row_and_later::<T>(i, i + GROUP);
-                let outcome = match projection {
-                    Some(projection) => self.steer(row, projection, squares, strength, later),
-                    None => Outcome::untouched(RowStatus::NonFinite),
-                };
+                let outcome = self.steer(row, projection, squares, strength, later);
                 report.add(&outcome);
                 if let Some(status) = &mut status {
                     status[i] = outcome.status;
@@ -288,18 +304,53 @@ impl Steering {
         report
     }
 
+    /// The same edits, decided without the scores: one pass for the norm and one for the edit, the row in the first
+    /// cache between them.
+    fn run_blind<T: Scored>(
+        &self,
+        rows: &mut RowsMut<'_>,
+        strengths: Option<&[f32]>,
+        mut status: Option<&mut [RowStatus]>,
+    ) -> SteerReport {
+        let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
+        let ahead = (AHEAD / (rows.cols() * size_of::<T>()).max(1)).max(2);
+        for i in 0..rows.rows() {
+            let strength = strengths.map_or(1.0, |s| s[i]);
+            let (row, later) = rows.row_and_later::<T>(i, i + ahead);
+            let squares = self.kernel.squares_ahead(row, later);
+            let outcome = if SAFE_SQUARES.contains(&squares) {
+                self.edit(row, self.constant(strength), squares, later)
+            } else {
+                let dot = self.kernel.dot(row, self.probe.unit_direction());
+                self.steer(row, self.probe.projection(dot), squares, strength, later)
+            };
+            report.add(&outcome);
+            if let Some(status) = &mut status {
+                status[i] = outcome.status;
+            }
+        }
+        report
+    }
+
     fn steer<T: Scored>(
         &self,
         row: &mut [T],
-        seen: Projection,
+        seen: Option<Projection>,
         squares: f32,
         strength: f32,
         next: &[T],
     ) -> Outcome {
-        if self.options.gate.is_some_and(|gate| seen.z <= gate) {
-            return Outcome::untouched(RowStatus::Gated);
+        match seen {
+            None => Outcome::untouched(RowStatus::NonFinite),
+            Some(seen) if self.options.gate.is_some_and(|gate| seen.z <= gate) => {
+                Outcome::untouched(RowStatus::Gated)
+            }
+            Some(seen) => self.edit(row, self.coefficient(seen, strength), squares, next),
         }
-        let Decision { status, c, dose } = self.decide(row, seen, squares, strength);
+    }
+
+    fn edit<T: Scored>(&self, row: &mut [T], asked: f64, squares: f32, next: &[T]) -> Outcome {
+        let Decision { status, c, dose } = self.decide(row, asked, squares);
         if c == 0.0 {
             return Outcome::untouched(status);
         }
@@ -308,8 +359,7 @@ impl Steering {
     }
 
     /// What an open gate lets happen to the row.
-    fn decide<T: Scored>(&self, row: &[T], seen: Projection, squares: f32, strength: f32) -> Decision {
-        let asked = self.coefficient(seen, strength);
+    fn decide<T: Scored>(&self, row: &[T], asked: f64, squares: f32) -> Decision {
         if asked == 0.0 {
             return Decision::leave(RowStatus::Ok);
         }
@@ -332,16 +382,25 @@ impl Steering {
 
     /// How much of it: `h -= c * vector`.
     fn coefficient(&self, seen: Projection, strength: f32) -> f64 {
-        let strength = f64::from(strength);
         match self.options.operation {
-            Operation::Subtract { alpha } => strength * f64::from(alpha),
-            Operation::ProjectOut { alpha } => strength * f64::from(alpha) * f64::from(seen.dot),
+            Operation::Subtract { .. } => self.constant(strength),
+            Operation::ProjectOut { .. } => self.constant(strength) * f64::from(seen.dot),
             Operation::Clamp { ceiling } if seen.z > ceiling => {
                 // Above 0: `z`, rounded to f32, lies above an f32, so unrounded it lies half a step above at least.
-                strength * (seen.raw - f64::from(ceiling) * self.probe.sigma().unwrap_or(f64::NAN))
+                let excess = seen.raw - f64::from(ceiling) * self.probe.sigma().unwrap_or(f64::NAN);
+                self.constant(strength) * excess
             }
             Operation::Clamp { .. } => 0.0,
         }
+    }
+
+    /// The part of the coefficient that does not depend on the row.
+    fn constant(&self, strength: f32) -> f64 {
+        let alpha = match self.options.operation {
+            Operation::Subtract { alpha } | Operation::ProjectOut { alpha } => alpha,
+            Operation::Clamp { .. } => 1.0,
+        };
+        f64::from(strength) * f64::from(alpha)
     }
 
     /// Coefficient, dose and status after the dose limit.
@@ -379,6 +438,13 @@ impl SteerReport {
             RowStatus::Limited => self.limited += 1,
         }
     }
+}
+
+/// Whether a sum of squares in the safe range alone says that the row has a score. Then `|h| < 1e15`, so neither a term
+/// nor a partial sum of `h.u` exceeds `1e15 |u|` by more than rounding, for which the factor 2 leaves room.
+fn every_row_has_a_score(probe: &Probe) -> bool {
+    let reach = 2.0 * f64::from(SAFE_SQUARES.end).sqrt() * probe.unit_norm() + probe.offset().abs();
+    reach / probe.sigma().unwrap_or(1.0).min(1.0) < f64::from(f32::MAX)
 }
 
 /// The row's norm from its f32 sum of squares, summed again in f64 where f32 is too narrow.

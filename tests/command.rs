@@ -141,9 +141,27 @@ fn verify_with_a_key_wants_its_signature() {
     }
     refused(&["--key", &stranger.pk.to_base64()], 19, "untrusted signature: it is by the key ");
     refused(&["--key", &line, "--signature", &at("elsewhere")], 18, "is not what was signed");
-    refused(&["--key", &line, "--signature", &at("nothing")], 2, "cannot read ");
+    refused(&["--key", &line, "--signature", &at("nothing")], 2, "cannot open ");
     assert_eq!(run("verify", &path, &["--signature", &at("elsewhere")]).status.code(), Some(2));
     assert_eq!(run("verify", &path, &["--site", "nowhere"]).status.code(), Some(2));
+}
+
+#[cfg(unix)]
+#[test]
+fn verify_does_not_wait_for_a_pipe() {
+    let (folder, path, _) = sample();
+    let pipe = folder.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    // A writer that leaves at once, so that a test fails and does not hang.
+    let writer = pipe.clone();
+    std::thread::spawn(move || while std::fs::OpenOptions::new().write(true).open(&writer).is_ok() {});
+    let pipe = pipe.to_str().unwrap();
+    let line = minisign::KeyPair::generate_unencrypted_keypair().unwrap().pk.to_base64();
+    for options in [&["--key", pipe][..], &["--key", &line, "--signature", pipe]] {
+        let output = run("verify", &path, options);
+        assert_eq!(output.status.code(), Some(1), "{options:?}");
+        assert!(text(&output.stderr).contains("not a regular file"), "{}", text(&output.stderr));
+    }
 }
 
 #[test]

@@ -398,6 +398,49 @@ fn one_pass_equals_score_then_apply_bit_for_bit() {
 }
 
 #[test]
+fn a_subtraction_decided_without_scores_is_the_one_decided_with_them() {
+    fn body<T: Scored>(kind: KernelKind) {
+        let mut start: Vec<T> = data(17);
+        // Norms below, inside and above what f32 squares hold; nothing at all; and no number at every place of a block.
+        let scales = [1.0, 0.0, 1e-20, 1e-38, 1e15, 1e18, 3e36];
+        for i in 0..ROWS {
+            let scale = scales[i % scales.len()];
+            for x in &mut start[i * STRIDE..][..WIDTH] {
+                *x = T::from_f32(x.to_f32() * scale);
+            }
+        }
+        for (i, bad) in [(7, f32::NAN), (14, f32::INFINITY), (21, f32::NEG_INFINITY)] {
+            start[i * STRIDE + 6 * i] = T::from_f32(bad);
+        }
+        let strengths: Vec<f32> = (0..ROWS).map(|i| [1.0, -0.5, 0.0, 1e30][i % 4]).collect();
+        let mut statuses = std::collections::BTreeSet::new();
+        for dose_limit in [None, Some(0.01)] {
+            let options = SteeringOptions { dose_limit, ..options(Operation::Subtract { alpha: 0.7 }) };
+            let steering = Steering::new(&probe(kind), options).unwrap();
+            for strengths in [None, Some(&strengths[..])] {
+                let (mut alone, mut scored) = (start.clone(), start.clone());
+                let mut status = [[RowStatus::Ok; ROWS]; 2];
+                let first = steering.apply(&mut view_mut(&mut alone), strengths, Some(&mut status[0]));
+                let (mut rows, mut scores) = (view_mut(&mut scored), [0.0; ROWS]);
+                let second = steering.score_and_apply(
+                    &mut rows,
+                    ScoreUnit::Raw,
+                    &mut scores,
+                    strengths,
+                    Some(&mut status[1]),
+                );
+                assert_eq!(bits(&alone), bits(&scored), "{kind} {:?}", T::DTYPE);
+                assert_eq!(status[0], status[1]);
+                assert_eq!(first.unwrap_err().to_string(), second.unwrap_err().to_string());
+                statuses.extend(status[0].map(|s| s as u8));
+            }
+        }
+        assert!(statuses.len() >= 3, "{statuses:?}");
+    }
+    for_every_dtype_and_kernel!(body);
+}
+
+#[test]
 fn nonfinite_rows_stay_and_are_flagged_and_the_others_proceed() {
     fn body<T: Scored>(kind: KernelKind) {
         let steering = steering(kind, Operation::Subtract { alpha: 1.0 });

@@ -2,9 +2,10 @@
 //! (that is `schema.rs`). The rules and their order are FORMAT.md's.
 
 use super::digest;
-use super::json;
+use super::json::{self, Reader, Refusal, Text};
 use crate::error::{Error, Result};
 use serde::Deserialize;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -15,7 +16,7 @@ const FEATURES: [&str; 0] = [];
 /// Largest JSON header, in bytes.
 pub(super) const HEADER_CAP: u64 = 16 << 20;
 /// Largest file, in bytes: hundreds of layers of any width fit; a model's weights, given by mistake, do not.
-pub(super) const FILE_CAP: u64 = 1 << 30;
+pub const FILE_CAP: u64 = 1 << 30;
 /// The tensor data begins at a multiple of this many bytes.
 pub(super) const ALIGNMENT: usize = 64;
 /// The bytes just before the stated content digest.
@@ -23,9 +24,9 @@ pub(super) const DIGEST_KEY: &str = "\"emaudit.content_sha256\":\"";
 
 /// A container whose structure holds.
 #[derive(Debug)]
-pub(super) struct Container {
+pub(super) struct Container<'a> {
     /// The manifest, still as JSON text.
-    pub manifest: String,
+    pub manifest: Text<'a>,
     /// The digest the file states about its content.
     pub stated: [u8; 32],
     /// Where in the file it states it.
@@ -43,17 +44,28 @@ pub(super) struct Span {
     pub aligned_mean: Range<usize>,
 }
 
-/// The header: the members of `__metadata__` and the tensors.
+/// The header: the members of `__metadata__` and the tensors, both as they come.
 #[derive(Default)]
-struct Header {
-    metadata: BTreeMap<String, String>,
-    tensors: BTreeMap<String, Tensor>,
+struct Header<'a> {
+    metadata: Metadata<'a>,
+    tensors: Vec<(Cow<'a, str>, Tensor<'a>)>,
+}
+
+/// The members of `__metadata__`; no key is there twice.
+#[derive(Default)]
+struct Metadata<'a>(Vec<(Cow<'a, str>, Text<'a>)>);
+
+impl<'a> Metadata<'a> {
+    fn get(&self, key: &str) -> Option<&Text<'a>> {
+        self.0.iter().find(|(name, _)| name == key).map(|(_, value)| value)
+    }
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Tensor {
-    dtype: String,
+struct Tensor<'a> {
+    #[serde(borrow)]
+    dtype: Cow<'a, str>,
     shape: Vec<u64>,
     data_offsets: [u64; 2],
 }
@@ -63,17 +75,17 @@ fn malformed<T>(sentence: impl Into<String>) -> Result<T> {
 }
 
 /// Reads everything but the tensor data and the meaning of the manifest. The size was checked.
-pub(super) fn parse(bytes: &[u8]) -> Result<Container> {
+pub(super) fn parse(bytes: &[u8]) -> Result<Container<'_>> {
     let text = header_text(bytes)?;
-    let Header { mut metadata, tensors } = header(text)?;
+    let Header { metadata, tensors } = header(text)?;
     check_version(&metadata)?;
     let data = check_data_start(8 + text.len())?..bytes.len();
     let layers = tensor_spans(&tensors, &data)?;
     let (stated, at) = stated_digest(text, &metadata)?;
-    let Some(manifest) = metadata.remove("emaudit.manifest") else {
+    let Some(manifest) = metadata.get("emaudit.manifest") else {
         return malformed("the metadata has no `emaudit.manifest`");
     };
-    Ok(Container { manifest, stated, stated_at: 8 + at, layers, data })
+    Ok(Container { manifest: manifest.clone(), stated, stated_at: 8 + at, layers, data })
 }
 
 /// Refuses a size that no direction file has, before anything of that size is read.
@@ -108,24 +120,34 @@ fn header_text(bytes: &[u8]) -> Result<&str> {
 }
 
 /// The JSON of the header as metadata and tensors; nothing else may be in it.
-fn header(text: &str) -> Result<Header> {
-    let object = json::parse(text).or_else(|e| malformed(format!("the header is not strict JSON: {e}")))?;
+fn header(text: &str) -> Result<Header<'_>> {
     let mut header = Header::default();
-    for (name, value) in object {
-        let read = match name.as_str() {
-            "__metadata__" => json::typed(&value).map(|metadata| header.metadata = metadata),
-            _ => json::typed(&value).map(|tensor| drop(header.tensors.insert(name.clone(), tensor))),
-        };
-        read.or_else(|e| {
-            let name = json::plain(&name);
-            malformed(format!("the header is not a safetensors header: {name:?}: {e}"))
-        })?;
+    let read = json::read(text, |reader| {
+        reader.members(|name, reader| {
+            let member = match &*name {
+                "__metadata__" => metadata(reader).map(|metadata| header.metadata = metadata),
+                _ => Tensor::deserialize(reader).map(|tensor| header.tensors.push((name.clone(), tensor))),
+            };
+            member.map_err(|refusal| refusal.inside(&name))
+        })
+    });
+    match read {
+        Ok(()) => Ok(header),
+        Err(refusal) if refusal.rule() == json::Rule::Shape => {
+            malformed(format!("the header is not a safetensors header: {refusal}"))
+        }
+        Err(refusal) => malformed(format!("the header is not strict JSON: {refusal}")),
     }
-    Ok(header)
 }
 
-fn check_version(metadata: &BTreeMap<String, String>) -> Result<()> {
-    match metadata.get("emaudit.format").map(String::as_str) {
+fn metadata<'a>(reader: &mut Reader<'a>) -> std::result::Result<Metadata<'a>, Refusal> {
+    let mut metadata = Metadata::default();
+    reader.members(|key, reader| reader.text().map(|value| metadata.0.push((key, value))))?;
+    Ok(metadata)
+}
+
+fn check_version(metadata: &Metadata<'_>) -> Result<()> {
+    match metadata.get("emaudit.format").map(Text::plain).as_deref() {
         None => {
             let sentence = "it is a safetensors file without the metadata `emaudit.format`";
             return Err(Error::NotADirectionFile(sentence.into()));
@@ -143,7 +165,7 @@ fn check_version(metadata: &BTreeMap<String, String>) -> Result<()> {
         );
     };
     let unknown = |f: &&str| !f.is_empty() && !FEATURES.contains(f);
-    match requires.split(',').map(|word| word.trim_matches(' ')).find(unknown) {
+    match requires.plain().split(',').map(|word| word.trim_matches(' ')).find(unknown) {
         None => Ok(()),
         Some(feature) => {
             let sentence =
@@ -161,7 +183,7 @@ fn check_data_start(start: usize) -> Result<usize> {
 }
 
 /// Proves that the tensors fill `data` without hole or overlap, and sorts them by layer.
-fn tensor_spans(tensors: &BTreeMap<String, Tensor>, data: &Range<usize>) -> Result<BTreeMap<u32, Span>> {
+fn tensor_spans(tensors: &[(Cow<'_, str>, Tensor<'_>)], data: &Range<usize>) -> Result<BTreeMap<u32, Span>> {
     let mut in_file_order = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
         let Some((layer, part)) = layer_and_part(name) else {
@@ -209,7 +231,7 @@ fn tensor_spans(tensors: &BTreeMap<String, Tensor>, data: &Range<usize>) -> Resu
 }
 
 /// One tensor by itself: type, rank, and a length that is what the shape says.
-fn check_extent(name: &str, tensor: &Tensor) -> Result<()> {
+fn check_extent(name: &str, tensor: &Tensor<'_>) -> Result<()> {
     if tensor.dtype != "F32" {
         return malformed(format!(
             "tensor {name:?} has dtype {:?}, it must be F32",
@@ -240,31 +262,32 @@ pub(super) fn tensor_name(layer: u32, part: &str) -> String {
 }
 
 fn layer_and_part(name: &str) -> Option<(u32, Part)> {
-    let (layer, part) = name.strip_prefix("layer.")?.split_once('.')?;
-    let layer = layer.parse().ok()?;
-    let kind = match part {
-        "direction" => Part::Direction,
-        "aligned_mean" => Part::AlignedMean,
-        _ => return None,
-    };
+    let (number, part) = name.strip_prefix("layer.")?.split_once('.')?;
     // One spelling per layer: `layer.07` and `layer.+7` are not names.
-    (tensor_name(layer, part) == name).then_some((layer, kind))
+    let digits = number.bytes().all(|b| b.is_ascii_digit()) && (number == "0" || !number.starts_with('0'));
+    let layer = number.parse().ok().filter(|_| digits)?;
+    match part {
+        "direction" => Some((layer, Part::Direction)),
+        "aligned_mean" => Some((layer, Part::AlignedMean)),
+        _ => None,
+    }
 }
 
 /// The stated content digest and where in the header its characters stand.
-fn stated_digest(header: &str, metadata: &BTreeMap<String, String>) -> Result<([u8; 32], usize)> {
+fn stated_digest(header: &str, metadata: &Metadata<'_>) -> Result<([u8; 32], usize)> {
     let Some(stated) = metadata.get("emaudit.content_sha256") else {
         return malformed("the metadata has no `emaudit.content_sha256`");
     };
-    if !digest::is_canonical_hex(stated) {
+    let stated = stated.plain();
+    if !digest::is_canonical_hex(&stated) {
         return malformed("`emaudit.content_sha256` must be 64 lower-case hex characters");
     }
     let mut places = header.match_indices(DIGEST_KEY).map(|(at, key)| at + key.len());
     let (Some(at), None) = (places.next(), places.next()) else {
         return malformed(format!("the header must have the bytes {DIGEST_KEY} exactly once"));
     };
-    if !header[at..].starts_with(stated.as_str()) {
+    if !header[at..].starts_with(&*stated) {
         return malformed("`emaudit.content_sha256` must be written without escapes");
     }
-    Ok((digest::from_hex(stated)?, at))
+    Ok((digest::from_hex(&stated)?, at))
 }

@@ -39,8 +39,11 @@ impl std::ops::Deref for Bytes {
     }
 }
 
-/// Opens a regular file and gives its length at this moment.
-pub(super) fn open_regular(path: &Path) -> Result<(File, u64)> {
+/// Opens a regular file and gives its length at this moment. A pipe is refused, where opening it would wait for a writer.
+///
+/// # Errors
+/// [`Error::Io`]; of the kind `InvalidInput` where it is not a regular file.
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
     let io = |source| Error::Io { action: "open", path: path.to_owned(), source };
     // Asked before opening: to open a pipe would wait for a writer.
     if !std::fs::metadata(path).map_err(io)?.is_file() {
@@ -68,6 +71,7 @@ fn read(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
 ///   shared slice, and one that truncates it makes later reads raise SIGBUS. Neither can be excluded from
 ///   inside a process; [`Mode::Mapped`] hands this condition to the caller in words, and is not the default.
 fn map(file: &File) -> std::io::Result<memmap2::Mmap> {
+    // Populated: all of it is read at once, and a fault for every few pages would cost more.
     // SAFETY: see above; the file is a regular file that is open for reading.
-    unsafe { memmap2::Mmap::map(file) }
+    unsafe { memmap2::MmapOptions::new().populate().map(file) }
 }

@@ -30,6 +30,8 @@ mod writer;
 #[doc = include_str!("FORMAT.md")]
 pub mod format {}
 
+pub use container::FILE_CAP;
+pub use mapping::open_regular;
 pub use signature::{Signed, TrustedKey};
 pub use writer::{LayerTensors, replace, to_bytes, write};
 

@@ -4,7 +4,7 @@ use super::container::{ALIGNMENT, DIGEST_KEY, VERSION, tensor_name};
 use super::schema::Manifest;
 use super::{Directions, OpenOptions, digest};
 use crate::error::{Error, Result};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 /// The tensors of one layer: what the writer takes and a [`Layer`](super::Layer) gives back.
@@ -70,7 +70,8 @@ pub fn to_bytes(manifest: &Manifest, layers: &[LayerTensors<'_>]) -> Result<Vec<
 ///
 /// Atomic: the bytes go to a temporary file in the same directory, which is flushed to the disk and renamed
 /// onto `path`. A failure leaves whatever was at `path` untouched; a process that has the old file open keeps
-/// the old file. A symbolic link at `path` is replaced, not followed.
+/// the old file. Only a regular file is replaced: a device, a pipe or a folder would be lost for whoever uses it, and
+/// of a symbolic link it is not plain whether it or the file that it names is meant; each is refused.
 ///
 /// # Errors
 /// As [`to_bytes`], and [`Error::Io`].
@@ -126,15 +127,16 @@ fn header(manifest: &Manifest) -> Result<String> {
     Ok(header)
 }
 
-/// Puts `bytes` at `path` in one step, or leaves it as it was: atomic as [`write()`] is.
+/// Puts `bytes` at `path` in one step, or leaves it as it was: atomic as [`write()`] is, and refuses what it refuses.
 ///
 /// # Errors
-/// [`Error::Io`].
+/// [`Error::Io`]; of the kind `InvalidInput` where something else than a regular file is at `path`.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     rename_onto(path, bytes).map_err(|source| Error::Io { action: "write", path: path.to_owned(), source })
 }
 
 fn rename_onto(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    check_replaceable(path)?;
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -153,4 +155,20 @@ fn rename_onto(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     #[cfg(unix)]
     let _ = std::fs::File::open(directory).and_then(|d| d.sync_all());
     Ok(())
+}
+
+/// Nothing, or a regular file: a rename would take the place of anything else as well.
+fn check_replaceable(path: &Path) -> std::io::Result<()> {
+    let found = match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        found => found?.file_type(),
+    };
+    let sentence = match found {
+        found if found.is_file() => return Ok(()),
+        found if found.is_symlink() => {
+            "it is a symbolic link; name the file that it stands for, or remove it"
+        }
+        _ => "there is something that is not a regular file; name another",
+    };
+    Err(std::io::Error::new(ErrorKind::InvalidInput, sentence))
 }

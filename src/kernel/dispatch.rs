@@ -1,7 +1,7 @@
 //! Detects the CPU once, publishes one finished table, lists every kernel and lets any be forced.
 
 use super::generic::Ahead;
-use super::{generic, scalar};
+use super::{generic, portable, scalar};
 use crate::activations::Element;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -72,13 +72,15 @@ impl TryFrom<u32> for KernelKind {
 /// - Row and direction must have the same length.
 pub(super) struct Ops<T> {
     pub dot: unsafe fn(&[T], &[f32], Ahead) -> f32,
+    pub squares: unsafe fn(&[T], Ahead) -> f32,
     pub dot_squares: DotSquares<T>,
     pub dots: Dots<T>,
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
     pub edit: unsafe fn(&mut [T], &[f32], f32, Ahead),
 }
 
-type DotSquares<T> = unsafe fn(&[T], &[f32], Ahead) -> (f32, f32);
+/// Of two rows.
+type DotSquares<T> = unsafe fn([&[T]; 2], &[f32], [Ahead; 2]) -> [(f32, f32); 2];
 /// Rows, directions, rows to come, and a result for each pair of the first two.
 type Dots<T> = unsafe fn(&[&[T]], &[&[f32]], &[&[T]], &mut [f32]);
 
@@ -185,26 +187,38 @@ impl Kernel {
         unsafe { (T::ops(self).0.dot)(row, direction, Ahead::behind(row)) }
     }
 
-    /// The dot product, same bits as [`Kernel::dot`], and the row's sum of squares.
+    /// The row's sum of squares in f32. Not finite when any element of the row is not.
     #[inline]
-    pub fn dot_squares<T: Scored>(&self, row: &[T], direction: &[f32]) -> (f32, f32) {
-        assert_eq!(row.len(), direction.len());
+    pub fn squares<T: Scored>(&self, row: &[T]) -> f32 {
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.dot_squares)(row, direction, Ahead::NOTHING) }
+        unsafe { (T::ops(self).0.squares)(row, Ahead::NOTHING) }
     }
 
-    /// [`Kernel::dot_squares`] while the row to come is fetched: all of it, or its first half.
+    /// [`Kernel::squares`] while the first half of the row to come is fetched.
+    #[inline]
+    pub(crate) fn squares_ahead<T: Scored>(&self, row: &[T], next: &[T]) -> f32 {
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.squares)(row, Ahead::part(next, 0, 1)) }
+    }
+
+    /// [`Kernel::dot`] and [`Kernel::squares`] of two rows, with the same bits; the direction is read once for both.
+    pub fn dot_squares<T: Scored>(&self, rows: [&[T]; 2], direction: &[f32]) -> [(f32, f32); 2] {
+        self.dot_squares_ahead(rows, direction, [&[]; 2], true)
+    }
+
+    /// The same while the rows to come are fetched: all of them, or their first halves.
     #[inline]
     pub(crate) fn dot_squares_ahead<T: Scored>(
         &self,
-        row: &[T],
+        rows: [&[T]; 2],
         direction: &[f32],
-        next: &[T],
+        next: [&[T]; 2],
         all: bool,
-    ) -> (f32, f32) {
-        assert_eq!(row.len(), direction.len());
+    ) -> [(f32, f32); 2] {
+        assert!(rows.iter().all(|row| row.len() == direction.len()));
+        let ahead = next.map(|row| Ahead::part(row, 0, u32::from(!all)));
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.dot_squares)(row, direction, Ahead::part(next, 0, u32::from(!all))) }
+        unsafe { (T::ops(self).0.dot_squares)(rows, direction, ahead) }
     }
 
     /// Every row with every direction, each pair with the bits of [`Kernel::dot`]: `out[r * directions.len() + d]`.
@@ -274,7 +288,7 @@ impl Registry {
     fn detect() -> Registry {
         let mut found = Registry { tables: [&scalar::TABLE; 4], kinds: [KernelKind::Scalar; 4], count: 0 };
         found.push(&scalar::TABLE);
-        found.push(&generic::TABLE);
+        found.push(&portable::TABLE);
         #[cfg(target_arch = "x86_64")]
         {
             use super::x86;

@@ -1,12 +1,9 @@
-//! The algorithm once, over a small vector trait; and the portable vector, an array the compiler vectorises.
+//! The algorithm once, over a small vector trait.
 //!
 //! Everything here is `inline(always)` so that it is compiled inside a `target_feature` wrapper, and there
 //! with the instructions of that wrapper.
 
-use super::dispatch::{KernelKind, Ops, Table};
 use crate::activations::Element;
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
 /// Independent accumulators: enough to hide the latency of an addition behind the loads.
 pub(super) const UNROLL: usize = 4;
@@ -153,7 +150,7 @@ unsafe fn total<V: Vector>(sums: [V; UNROLL]) -> f32 {
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
-/// - `row` and `direction` have the same length.
+/// - `row` and `direction` have the same length; without `DOT` the direction is not looked at.
 #[inline(always)]
 pub(super) unsafe fn reduce<V, T, const DOT: bool, const SQUARES: bool>(
     row: &[T],
@@ -204,7 +201,8 @@ where
     }
 }
 
-/// `R x D` dot products at once, each with the bits of [`reduce`]: every element is loaded once.
+/// `R x D` dot products at once, and the sums of squares of the rows where asked for, each with the bits of
+/// [`reduce`]: every element is loaded once.
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
@@ -214,12 +212,12 @@ where
     clippy::needless_range_loop,
     reason = "closures would be compiled without the wrapper's instructions"
 )]
-unsafe fn tile<V, T, const R: usize, const D: usize>(
+unsafe fn tile<V, T, const R: usize, const D: usize, const SQUARES: bool>(
     rows: [*const T; R],
     directions: [*const f32; D],
     width: usize,
     ahead: [Ahead; R],
-) -> [[f32; D]; R]
+) -> ([[f32; D]; R], [f32; R])
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
@@ -227,6 +225,7 @@ where
     // SAFETY: `at + count <= width` at every access.
     unsafe {
         let mut sums = [[[V::splat(0.0); UNROLL]; D]; R];
+        let mut squares = [[V::splat(0.0); UNROLL]; R];
         let mut y = [V::splat(0.0); D];
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
@@ -243,6 +242,9 @@ where
                     for d in 0..D {
                         sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
                     }
+                    if SQUARES {
+                        squares[r][k] = x.multiply_add(x, squares[r][k]);
+                    }
                 }
             }
             at += UNROLL * V::LANES;
@@ -258,17 +260,53 @@ where
                     for d in 0..D {
                         sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
                     }
+                    if SQUARES {
+                        squares[r][k] = x.multiply_add(x, squares[r][k]);
+                    }
                 }
                 at += count;
             }
         }
-        let mut out = [[0.0; D]; R];
+        let mut out = ([[0.0; D]; R], [0.0; R]);
         for r in 0..R {
             for d in 0..D {
-                out[r][d] = total(sums[r][d]);
+                out.0[r][d] = total(sums[r][d]);
+            }
+            if SQUARES {
+                out.1[r] = total(squares[r]);
             }
         }
         out
+    }
+}
+
+/// `(row . direction, row . row)` of two rows, each with the bits of [`reduce`]; where there are registers enough the
+/// direction is read once for both.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Both rows and the direction have the same length.
+#[inline(always)]
+pub(super) unsafe fn reduce_pair<V, T>(
+    rows: [&[T]; 2],
+    direction: &[f32],
+    ahead: [Ahead; 2],
+) -> [(f32, f32); 2]
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if V::REGISTERS >= 32 {
+            let (h, u) = ([rows[0].as_ptr(), rows[1].as_ptr()], [direction.as_ptr()]);
+            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), ahead);
+            return [(first, squares[0]), (second, squares[1])];
+        }
+        [
+            reduce::<V, T, true, true>(rows[0], direction, ahead[0]),
+            reduce::<V, T, true, true>(rows[1], direction, ahead[1]),
+        ]
     }
 }
 
@@ -348,7 +386,7 @@ unsafe fn columns<V, T, const R: usize, const D: usize>(
         u[d] = directions[first + d].as_ptr();
     }
     // SAFETY: passed on to the caller.
-    let found = unsafe { tile::<V, T, R, D>(h, u, rows[0].len(), ahead) };
+    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), ahead) };
     for r in 0..R {
         for d in 0..D {
             out[r * directions.len() + first + d] = found[r][d];
@@ -424,171 +462,5 @@ where
             let y = <V as Memory<f32>>::load_first(u.add(at), width - at);
             <V as Memory<T>>::store_first(x.subtract_scaled(factor, y), h.add(at), width - at);
         }
-    }
-}
-
-pub(super) static TABLE: Table = Table { kind: KernelKind::Portable, f32: ops(), f16: ops(), bf16: ops() };
-
-const fn ops<T: Element>() -> Ops<T>
-where
-    Portable: Memory<T>,
-{
-    Ops {
-        dot: dot::<T>,
-        dot_squares: dot_squares::<T>,
-        dots: dots::<Portable, T>,
-        edit_peak: edit_peak::<Portable, T>,
-        edit: edit::<Portable, T>,
-    }
-}
-
-/// # Safety
-/// As for [`reduce`].
-unsafe fn dot<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> f32
-where
-    Portable: Memory<T>,
-{
-    // SAFETY: passed on to the caller.
-    unsafe { reduce::<Portable, T, true, false>(row, direction, ahead).0 }
-}
-
-/// Two passes: both sums at once need more registers than most targets have, and the compiler then gives up vectors.
-///
-/// # Safety
-/// As for [`reduce`].
-unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> (f32, f32)
-where
-    Portable: Memory<T>,
-{
-    // SAFETY: passed on to the caller.
-    unsafe {
-        let (dot, _) = reduce::<Portable, T, true, false>(row, direction, ahead);
-        let (_, squares) = reduce::<Portable, T, false, true>(row, direction, Ahead::NOTHING);
-        (dot, squares)
-    }
-}
-
-/// Eight lanes in an array; every target has it.
-#[derive(Clone, Copy)]
-pub(super) struct Portable([f32; 8]);
-
-// No instruction beyond the target's baseline is used, so the first rule of `# Safety` is void here.
-#[expect(clippy::needless_range_loop, reason = "zipped iterators keep bf16 rows from being vectorised")]
-impl Vector for Portable {
-    const LANES: usize = 8;
-    // Unknown; one dot product at a time is what compilers keep in registers.
-    const REGISTERS: usize = 0;
-
-    #[inline(always)]
-    unsafe fn splat(value: f32) -> Self {
-        Portable([value; 8])
-    }
-
-    // Two roundings: without the instruction a fused multiply-add would be a library call per element.
-    #[inline(always)]
-    unsafe fn multiply_add(self, other: Self, sum: Self) -> Self {
-        let mut out = sum.0;
-        for i in 0..8 {
-            out[i] += self.0[i] * other.0[i];
-        }
-        Portable(out)
-    }
-
-    #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        let mut out = self.0;
-        for i in 0..8 {
-            out[i] += other.0[i];
-        }
-        Portable(out)
-    }
-
-    #[inline(always)]
-    unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self {
-        let mut out = self.0;
-        for i in 0..8 {
-            out[i] -= factor.0[i] * other.0[i];
-        }
-        Portable(out)
-    }
-
-    #[inline(always)]
-    unsafe fn max_abs(self, other: Self) -> Self {
-        let mut out = other.0;
-        for i in 0..8 {
-            // Not `f32::max`: its care for NaN would cost three instructions.
-            let size = self.0[i].abs();
-            out[i] = if size > out[i] { size } else { out[i] };
-        }
-        Portable(out)
-    }
-
-    #[inline(always)]
-    unsafe fn fold(self) -> f32 {
-        let mut lanes = self.0;
-        let mut half = 4;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
-        }
-        lanes[0]
-    }
-
-    // No instruction that every target has.
-    #[inline(always)]
-    unsafe fn prefetch(_: *const u8) {}
-}
-
-impl Memory<f32> for Portable {
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's pointer is good for 8 elements.
-        Portable(unsafe { from.cast::<[f32; 8]>().read() })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's pointer is good for 8 elements.
-        unsafe { to.cast::<[f32; 8]>().write(self.0) }
-    }
-}
-
-impl Memory<f16> for Portable {
-    #[inline(always)]
-    unsafe fn load(from: *const f16) -> Self {
-        let mut lanes = [0.0; 8];
-        // SAFETY: the caller's pointer is good for 8 elements.
-        unsafe { from.cast::<[f16; 8]>().read() }.convert_to_f32_slice(&mut lanes);
-        Portable(lanes)
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f16) {
-        let mut lanes = [f16::ZERO; 8];
-        lanes.convert_from_f32_slice(&self.0);
-        // SAFETY: the caller's pointer is good for 8 elements.
-        unsafe { to.cast::<[f16; 8]>().write(lanes) }
-    }
-}
-
-impl Memory<bf16> for Portable {
-    #[inline(always)]
-    unsafe fn load(from: *const bf16) -> Self {
-        // SAFETY: the caller's pointer is good for 8 elements, and bf16 is a u16 in memory.
-        let halves = unsafe { from.cast::<[u16; 8]>().read() };
-        Portable(halves.map(|bits| f32::from_bits(u32::from(bits) << 16)))
-    }
-
-    // Ties to even, without the branch for NaN that a finite value does not need.
-    #[inline(always)]
-    unsafe fn store(self, to: *mut bf16) {
-        let rounded = self.0.map(|value| {
-            let bits = value.to_bits();
-            (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
-        });
-        // SAFETY: as in `load`.
-        unsafe { to.cast::<[u16; 8]>().write(rounded) }
     }
 }

@@ -2,6 +2,7 @@
 
 mod dispatch;
 mod generic;
+mod portable;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;

@@ -9,6 +9,7 @@ pub(super) static TABLE: Table = Table { kind: KernelKind::Scalar, f32: ops(), f
 const fn ops<T: Element>() -> Ops<T> {
     Ops {
         dot: dot::<T>,
+        squares: squares::<T>,
         dot_squares: dot_squares::<T>,
         dots: dots::<T>,
         edit_peak: edit_peak::<T>,
@@ -16,8 +17,17 @@ const fn ops<T: Element>() -> Ops<T> {
     }
 }
 
-fn dot<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> f32 {
-    dot_squares(row, direction, ahead).0
+fn dot<T: Element>(row: &[T], direction: &[f32], _: Ahead) -> f32 {
+    row.iter().zip(direction).map(|(h, u)| f64::from(h.to_f32()) * f64::from(*u)).fold(0.0, add) as f32
+}
+
+fn squares<T: Element>(row: &[T], _: Ahead) -> f32 {
+    row.iter().map(|h| f64::from(h.to_f32())).map(|h| h * h).fold(0.0, add) as f32
+}
+
+/// Not `sum`, which begins with -0.
+fn add(sum: f64, term: f64) -> f64 {
+    sum + term
 }
 
 fn dots<T: Element>(rows: &[&[T]], directions: &[&[f32]], _: &[&[T]], out: &mut [f32]) {
@@ -28,14 +38,8 @@ fn dots<T: Element>(rows: &[&[T]], directions: &[&[f32]], _: &[&[T]], out: &mut 
     }
 }
 
-fn dot_squares<T: Element>(row: &[T], direction: &[f32], _: Ahead) -> (f32, f32) {
-    let (mut dot, mut squares) = (0.0f64, 0.0f64);
-    for (h, u) in row.iter().zip(direction) {
-        let h = f64::from(h.to_f32());
-        dot += h * f64::from(*u);
-        squares += h * h;
-    }
-    (dot as f32, squares as f32)
+fn dot_squares<T: Element>(rows: [&[T]; 2], direction: &[f32], ahead: [Ahead; 2]) -> [(f32, f32); 2] {
+    [0, 1].map(|i| (dot(rows[i], direction, ahead[i]), squares(rows[i], ahead[i])))
 }
 
 fn edit_peak<T: Element>(row: &[T], direction: &[f32], c: f32) -> f32 {

@@ -34,6 +34,7 @@ macro_rules! kernel {
             {
                 Ops {
                     dot: dot::<T>,
+                    squares: squares::<T>,
                     dot_squares: dot_squares::<T>,
                     dots: dots::<T>,
                     edit_peak: edit_peak::<T>,
@@ -54,14 +55,29 @@ macro_rules! kernel {
             }
 
             /// # Safety
-            /// As for [`dot`].
+            /// The CPU has the features named above.
             #[target_feature(enable = $features)]
-            unsafe fn dot_squares<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> (f32, f32)
+            unsafe fn squares<T: Element>(row: &[T], ahead: Ahead) -> f32
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, true, true>(row, direction, ahead) }
+                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], ahead).1 }
+            }
+
+            /// # Safety
+            /// As for [`dot`], for both rows.
+            #[target_feature(enable = $features)]
+            unsafe fn dot_squares<T: Element>(
+                rows: [&[T]; 2],
+                direction: &[f32],
+                ahead: [Ahead; 2],
+            ) -> [(f32, f32); 2]
+            where
+                $vector: Memory<T>,
+            {
+                // SAFETY: passed on to the caller.
+                unsafe { generic::reduce_pair::<$vector, T>(rows, direction, ahead) }
             }
 
             /// # Safety

@@ -142,14 +142,14 @@ impl Steering {
         strength: f32,
     ) -> Option<Comparison> {
         let unit = self.probe.unit_direction();
-        let (dot, squares) = self.kernel.dot_squares(before, unit);
+        let (dot, squares) = (self.kernel.dot(before, unit), self.kernel.squares(before));
         let seen = self.probe.projection(dot)?;
         let reach = before.iter().zip(unit).map(|(h, u)| (f64::from(h.to_f32()) * f64::from(*u)).abs()).sum();
         let (relative, absolute) = reading(B::DTYPE, A::DTYPE);
         let small = absolute * unit.iter().map(|u| f64::from(u.abs())).sum::<f64>();
         let doubt = between_kernels(unit.len(), reach) + relative * reach + small;
         let open = || {
-            let decision = self.decide(before, seen, squares, strength);
+            let decision = self.decide(before, self.coefficient(seen, strength), squares);
             let slack = self.coefficient_slack(&decision, strength, doubt, before.len(), relative);
             self.compare(before, after, &decision, slack)
         };

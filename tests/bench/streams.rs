@@ -17,7 +17,7 @@ const DIRECTIONS: u64 = 8;
 /// Small enough that hundreds of repetitions leave the rows finite and of their size.
 const ALPHA: f32 = 1e-6;
 
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 8] = [
     "score_stream",
     "score_stream_8",
     "steer",
@@ -26,9 +26,9 @@ const NAMES: [&str; 10] = [
     "gate_0",
     "gate_1",
     "gate_100",
-    "threads_2_stream",
-    "threads_2_cache",
 ];
+/// Rows of one thread that stay in its second cache.
+const CACHED: usize = 8;
 
 pub fn run(report: &Report, blas: Option<&Blas>) {
     if let Some(blas) = blas {
@@ -40,12 +40,12 @@ pub fn run(report: &Report, blas: Option<&Blas>) {
 }
 
 fn every<T: Peer>(report: &Report) {
+    threads::<T>(report);
     if !NAMES.iter().any(|name| report.wants(name)) {
         return;
     }
     let stream = Stream::<T>::new();
     score(report, &stream);
-    threads(report, &stream);
     steer(report, &stream);
     gates(report, &stream);
 }
@@ -155,33 +155,46 @@ fn against_blas(report: &Report, blas: &Blas) {
     report.line("score_stream", WIDTH, "f32", "BLAS sgemv", pair(BLOCK, ours, peer));
 }
 
-/// Threads that share one probe, each with rows of its own: the same work by one thread and by two.
-fn threads<T: Peer>(report: &Report, stream: &Stream<T>) {
+/// Threads that share one probe, each with rows of its own in its own cache: two, three and so on to one for each core, against
+/// one thread with all the work. `1 / threads` is what threads give that do not get in each other's way.
+fn threads<T: Peer>(report: &Report) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if cores == 1 {
+        report.note("one core on this machine: the lines with threads are missing");
+    }
     let probe = probe(WIDTH, 10);
-    let mut scores = vec![0.0; ROWS];
-    let data = stream.data.borrow();
-    let mut compare = |name: &str, data: &[T], repeat: usize| {
-        if !report.wants(name) {
-            return;
+    for count in 2..=cores {
+        let name = format!("threads_{count}");
+        if !report.wants(&name) {
+            continue;
         }
-        let rows = data.len() / WIDTH;
-        let scores = RefCell::new(&mut scores[..rows]);
-        let two = || on_threads(2, &probe, data, &mut scores.borrow_mut(), repeat);
-        let one = || on_threads(1, &probe, data, &mut scores.borrow_mut(), repeat);
-        report.line(name, WIDTH, T::DTYPE.as_str(), "one thread", pair(rows * repeat, two, one));
-    };
-    compare("threads_2_stream", &data, 1);
-    compare("threads_2_cache", &data[..16 * WIDTH], 1000);
+        let data = values::<T>(count * CACHED * WIDTH, 3);
+        let scores = RefCell::new(vec![0.0; count * CACHED]);
+        let many = || on_threads(count, &probe, &data, &mut scores.borrow_mut(), REPEAT);
+        let one = || {
+            let (data, mut scores) = (&data[..CACHED * WIDTH], scores.borrow_mut());
+            on_threads(1, &probe, data, &mut scores[..CACHED], count * REPEAT);
+        };
+        let rows = count * CACHED * REPEAT;
+        report.line(&name, WIDTH, T::DTYPE.as_str(), "one thread", pair(rows, many, one));
+    }
 }
+
+/// Times each thread scores its rows: long beside the start of a thread.
+const REPEAT: usize = 2000;
 
 fn on_threads<T: Peer>(count: usize, probe: &Probe, data: &[T], scores: &mut [f32], repeat: usize) {
     let share = scores.len() / count;
     std::thread::scope(|scope| {
         for (data, scores) in data.chunks(share * WIDTH).zip(scores.chunks_mut(share)) {
             scope.spawn(move || {
+                // Its own line of the cache: scores of two threads side by side would make them wait for each other.
+                let mut own = vec![0.0; share.max(32)];
                 for _ in 0..repeat {
+                    let scores = black_box(&mut own[..share]);
                     probe.score(&view(data), ScoreUnit::AlignedSd, scores, None).expect("finite");
                 }
+                scores.copy_from_slice(&own[..share]);
             });
         }
     });

@@ -39,3 +39,22 @@ fn a_bad_file_or_layer_is_refused() {
     refused(&["bench", utf8(&folder.path("missing"))], 1, 2, "cannot open");
     assert_eq!(emaudit(&["bench", "--width", "0"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_direction_of_any_length_is_measured() {
+    let folder = Folder::new();
+    let small = ["--megabytes", "1", "--time", "1", "--json"];
+    for (name, value) in [("large", 3e38), ("tiny", 1e-45)] {
+        let directions =
+            folder.directions(name, |_, values| (values[2], values[3]) = ([value; 5], [3e38; 5]));
+        let output = emaudit(&[&["bench", utf8(&directions), "--layer", "3"][..], &small].concat());
+        assert!(output.status.success(), "{}", text(&output.stdout));
+        assert_eq!(lines(&output).len(), 4 * 3 * available().len() + 1);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn rows_that_no_memory_holds_are_refused() {
+    refused(&["bench", "--width", "1024", "--megabytes", "16777216"], 1, 1, "give fewer --megabytes");
+}

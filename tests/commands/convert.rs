@@ -14,6 +14,8 @@ struct Gguf {
     version: u32,
     values: Vec<(&'static str, Vec<u8>)>,
     tensors: Vec<(&'static str, Vec<u64>, u32, Vec<f32>)>,
+    /// Bytes that the last tensor is said to begin too early.
+    early: u64,
     /// Bytes cut off the end.
     cut: usize,
 }
@@ -43,6 +45,7 @@ impl Gguf {
                 ("controlvector.layer_count", number(5, names.len() as u32)),
             ],
             tensors,
+            early: 0,
             cut: 0,
         }
     }
@@ -56,13 +59,14 @@ impl Gguf {
             out.extend([string(key), value.clone()].concat());
         }
         let mut data: Vec<u8> = Vec::new();
-        for (name, dims, kind, values) in &self.tensors {
+        for (i, (name, dims, kind, values)) in self.tensors.iter().enumerate() {
             data.resize(data.len().next_multiple_of(32), 0);
             out.extend(string(name));
             out.extend((dims.len() as u32).to_le_bytes());
             out.extend(dims.iter().flat_map(|d| d.to_le_bytes()));
             out.extend(kind.to_le_bytes());
-            out.extend((data.len() as u64).to_le_bytes());
+            let early = if i + 1 == self.tensors.len() { self.early } else { 0 };
+            out.extend((data.len() as u64 - early).to_le_bytes());
             data.extend(values.iter().flat_map(|x| x.to_le_bytes()));
         }
         out.resize(out.len().next_multiple_of(32), 0);
@@ -299,7 +303,9 @@ fn files_that_are_no_control_vectors_are_refused() {
         (edited(|g| g.tensors[0].2 = 1), "not one vector of 32-bit floats"),
         (edited(|g| g.tensors[0].1 = vec![1, WIDTH as u64]), "not one vector of 32-bit floats"),
         (edited(|g| g.tensors[0].1 = vec![4]), "4 elements, the residual stream of the model 5"),
-        (edited(|g| g.tensors[1].1 = vec![1 << 62]), "beyond the end of the file"),
+        (edited(|g| g.tensors[1].1 = vec![1 << 62]), "4611686018427387904 elements, the residual stream"),
+        (edited(|g| g.early = 4), "begins at 28, which is no multiple of the alignment 32"),
+        (edited(|g| g.early = 32), "overlaps the one before it"),
         (edited(|g| g.tensors.clear()), "no tensors direction.N"),
         (edited(|g| g.values[0].1 = text_value("llama")), "a model goes to --model"),
         (edited(|g| g.values.push(("general.architecture", text_value("x")))), "is there twice"),
@@ -310,7 +316,11 @@ fn files_that_are_no_control_vectors_are_refused() {
         (edited(|g| g.version = 3u32.swap_bytes()), "in little-endian"),
         (edited(|g| g.cut = 8), "beyond the end of the file"),
         (edited(|g| g.cut = 200), "ends within its GGUF header"),
-        (huge, "ends within its GGUF header"),
+        (huge, "at most 65536 of each are possible"),
+        (
+            edited(|g| g.values.push(("x", [8u32.to_le_bytes(), [0xff; 4], [0; 4]].concat()))),
+            "within its GGUF",
+        ),
     ];
     for (bytes, sentence) in &cases {
         let file = folder.write("attack.gguf", bytes);
@@ -365,6 +375,7 @@ fn the_identity_of_a_model_comes_from_its_gguf_file() {
             ("tokenizer.ggml.tokens", list),
         ],
         tensors: vec![("token_embd.weight", vec![WIDTH as u64, 3], 0, vec![0.0; 3 * WIDTH])],
+        early: 0,
         cut: 0,
     };
     let model = folder.write("model.gguf", model.bytes());
@@ -393,6 +404,132 @@ fn the_identity_of_a_model_comes_from_its_gguf_file() {
     assert!(emaudit(&[&fixed[..], &state].concat()).status.success());
     let again = Directions::open(&again, &OpenOptions::default()).unwrap();
     assert_eq!(&again.manifest().model, identity);
+}
+
+#[test]
+fn an_input_is_never_overwritten() {
+    let folder = Folder::new();
+    let (sample, model) = (folder.sample(), identity(&folder));
+    let source = folder.write("cv.gguf", Gguf::vectors(&["direction.2"]).bytes());
+    let before = [&sample, &model, &source].map(|file| std::fs::read(file).unwrap());
+    let roundabout = folder.path(".").join("sample.safetensors");
+    let export = |to: &Path| {
+        refused(&["convert", "export", utf8(&sample), "--to", utf8(to)], 1, 1, "would be overwritten");
+    };
+    export(&sample);
+    export(&roundabout);
+    #[cfg(unix)]
+    {
+        let link = folder.path("link");
+        std::os::unix::fs::symlink(&sample, &link).unwrap();
+        export(&link);
+    }
+    let state = ["--producer", "repeng", "--site", "resid-post"];
+    for to in [&source, &model] {
+        let fixed = ["convert", "import", utf8(&source), "--model", utf8(&model), "--to", utf8(to)];
+        refused(&[&fixed[..], &state].concat(), 1, 1, "would be overwritten; give another file with --to");
+    }
+    assert_eq!([&sample, &model, &source].map(|file| std::fs::read(file).unwrap()), before);
+}
+
+#[cfg(unix)]
+#[test]
+fn only_a_regular_file_is_replaced() {
+    let folder = Folder::new();
+    let (sample, other) = (folder.sample(), folder.write("other", "another file"));
+    let [to_file, to_nothing, inner] = ["to_file", "to_nothing", "inner"].map(|name| folder.path(name));
+    std::os::unix::fs::symlink(&other, &to_file).unwrap();
+    std::os::unix::fs::symlink(folder.path("nothing"), &to_nothing).unwrap();
+    std::fs::create_dir(&inner).unwrap();
+    let pipe = folder.path("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let kinds = |paths: &[&PathBuf]| -> Vec<_> {
+        paths.iter().map(|path| std::fs::symlink_metadata(path).unwrap().file_type()).collect()
+    };
+    let targets = [&to_file, &to_nothing, &inner, &pipe];
+    let before = (kinds(&targets), std::fs::read_dir(folder.path(".")).unwrap().count());
+    for (to, sentence) in [
+        (&to_file, "it is a symbolic link; name the file that it stands for"),
+        (&to_nothing, "it is a symbolic link"),
+        (&inner, "not a regular file"),
+        (&pipe, "not a regular file"),
+    ] {
+        refused(&["convert", "export", utf8(&sample), "--to", utf8(to)], 1, Status::Io as i32, sentence);
+    }
+    assert_eq!((kinds(&targets), std::fs::read_dir(folder.path(".")).unwrap().count()), before);
+    assert_eq!(std::fs::read(&other).unwrap(), b"another file");
+    export(&sample, &other, &[]);
+    assert_ne!(std::fs::read(&other).unwrap(), b"another file");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_refused_and_not_waited_for() {
+    let folder = Folder::new();
+    let (sample, model, pipe, to) =
+        (folder.sample(), identity(&folder), folder.pipe("pipe"), folder.path("no"));
+    let source = folder.write("cv.gguf", Gguf::vectors(&["direction.2"]).bytes());
+    let state = ["--producer", "repeng", "--site", "resid-post", "--to", utf8(&to)];
+    let import = |source: &Path, model: &Path| {
+        let fixed = ["convert", "import", utf8(source), "--model", utf8(model)];
+        refused(&[&fixed[..], &state].concat(), 1, Status::Io as i32, "not a regular file");
+    };
+    import(&pipe, &model);
+    import(&source, &pipe);
+    let score = ["score", utf8(&sample), utf8(&pipe), "--layer", "3"];
+    refused(&score, 1, Status::Io as i32, "not a regular file");
+    assert!(!to.exists());
+}
+
+/// Files that seem to have the size they announce, and hold nothing.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_sparse_file_announces_is_refused_before_it_takes_memory() {
+    use super::refused_within;
+    let folder = Folder::new();
+    let (model, to) = (identity(&folder), folder.path("no"));
+    let wide = |name: &str, width: u32| {
+        let mut identity = forge::manifest()["model"].clone();
+        identity["hidden_size"] = width.into();
+        folder.write(name, identity.to_string())
+    };
+    let array = |name: &str, shape: &[usize]| {
+        let header = npy_f32(shape, &[]);
+        folder.sparse(name, &header, header.len() as u64 + 4 * shape.iter().product::<usize>() as u64)
+    };
+    let state = ["--site", "resid-post", "--to", utf8(&to), "--producer"];
+    let import = |source: &Path, model: &Path, options: &[&str], sentence: &str| {
+        let fixed = ["convert", "import", utf8(source), "--model", utf8(model)];
+        refused_within(300, &[&fixed[..], &state, options].concat(), sentence);
+    };
+    let rows = ["x", "--layers", "3"];
+    let largest = wide("largest.json", u32::MAX);
+    import(&array("wide.npy", &[1 << 36]), &model, &rows, "68719476736 elements, the residual stream");
+    import(&array("max.npy", &[u32::MAX as usize]), &largest, &rows, "34359738360 bytes of a direction file");
+    // What a direction file could hold, and this machine cannot.
+    let large = wide("large.json", 100 << 20);
+    import(&array("large.npy", &[100 << 20]), &large, &rows, "there is no memory for");
+
+    let vector = |name: &str, width: u64| {
+        let mut gguf = Gguf::vectors(&["direction.1"]);
+        (gguf.tensors[0].1, gguf.tensors[0].3) = (vec![width], Vec::new());
+        folder.sparse(name, &gguf.bytes(), 256 << 30)
+    };
+    import(&vector("a.gguf", 1 << 35), &model, &["repeng"], "34359738368 elements, the residual stream");
+    import(&vector("b.gguf", u64::from(u32::MAX)), &largest, &["repeng"], "bytes of a direction file");
+    import(&vector("c.gguf", 100 << 20), &large, &["repeng"], "there is no memory for");
+    let mut text = Gguf::vectors(&["direction.1"]);
+    text.values = vec![("x", [8u32.to_le_bytes(), [0; 4], 32u32.to_le_bytes()].concat())];
+    let text = folder.sparse("text.gguf", &text.bytes(), 256 << 30);
+    import(&text, &model, &["repeng"], "a text of 137438953472 bytes");
+    let endless = folder.sparse("endless.json", b"{", 256 << 30);
+    import(&text, &endless, &["repeng"], "not the identity of a model");
+
+    let deep = folder.directions("deep.safetensors", |m, _| m.model.n_layers = 1 << 30);
+    let row = array("row.npy", &[1, 1 << 30, WIDTH]);
+    let score = ["score", utf8(&deep), utf8(&row), "--layer", "3"];
+    refused_within(300, &score, "there is no memory for 21474836480 elements of 1 bytes");
+    assert!(!to.exists());
 }
 
 /// Runs a script under a Python that has the `gguf` package; says aloud where there is none.

@@ -22,7 +22,18 @@ fn a_file_is_the_same_as_itself_and_as_other_bytes_of_the_same_content() {
     let found = object(&a, &b, 0);
     assert_ne!(found["digests"][0], found["digests"][1]);
     let page = emaudit(&["diff", utf8(&a), utf8(&b)]);
-    assert!(text(&page.stdout).starts_with("same: the same content in different bytes"));
+    let page = text(&page.stdout);
+    assert!(
+        page.starts_with("same: model, site, vectors, calibration, evidence and provenance;\n"),
+        "{page}"
+    );
+    assert_eq!(found["same_bytes"], false);
+    assert_eq!(object(&a, &a, 0)["same_bytes"], true);
+    // What this reader does not know it does not compare, and says so.
+    let later = folder.write("c.safetensors", forge::Forge::with_manifest(|m| m["later"] = json!(1)).bytes());
+    assert_eq!(object(&a, &later, 0)["same_bytes"], false);
+    let page = emaudit(&["diff", utf8(&a), utf8(&later)]);
+    assert!(text(&page.stdout).contains("the bytes differ in what is not compared"));
 }
 
 #[test]
@@ -78,4 +89,15 @@ fn trouble_is_neither_same_nor_different() {
     let prose = folder.write("prose", "the quick brown fox");
     refused(&["diff", utf8(&prose), utf8(&a)], 2, 3, "not an emaudit direction file");
     assert_eq!(emaudit(&["diff", utf8(&a)]).status.code(), Some(2));
+}
+
+#[test]
+fn numbers_of_any_size_fit_the_page() {
+    let folder = Folder::new();
+    let a = folder.directions("a.safetensors", |_, values| values[2] = [3e38; forge::WIDTH]);
+    let b = folder.directions("b.safetensors", |_, values| values[3] = [-3e38; forge::WIDTH]);
+    let page = emaudit(&["diff", utf8(&a), utf8(&b)]);
+    let page = text(&page.stdout);
+    assert!(page.contains("  6.708e38       7.4162       6.708e38\n"), "{page}");
+    assert!(page.lines().all(|l| l.chars().count() <= 80), "{page}");
 }

@@ -60,6 +60,26 @@ impl Folder {
     }
 }
 
+#[cfg(unix)]
+impl Folder {
+    /// A pipe. Whoever opens it to read finds a writer that leaves at once, so that a test fails and does not hang.
+    fn pipe(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        assert!(Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let writer = path.clone();
+        std::thread::spawn(move || while std::fs::OpenOptions::new().write(true).open(&writer).is_ok() {});
+        path
+    }
+
+    /// A file that seems to have `size` bytes and holds only these.
+    #[cfg(target_os = "linux")]
+    fn sparse(&self, name: &str, bytes: &[u8], size: u64) -> PathBuf {
+        let path = self.write(name, bytes);
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size).unwrap();
+        path
+    }
+}
+
 fn emaudit<S: AsRef<OsStr>>(arguments: &[S]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_emaudit")).args(arguments).output().unwrap()
 }
@@ -88,6 +108,19 @@ fn refused(arguments: &[&str], code: i32, status: i32, sentence: &str) {
     let last = lines(&output).pop().expect("an object");
     assert_eq!((&last["ok"], &last["status"]), (&Value::from(false), &Value::from(status)), "{last}");
     assert!(last["error"].as_str().unwrap().contains(sentence), "{last}");
+}
+
+/// Runs a command that must be refused, in at most `megabytes` of memory.
+#[cfg(target_os = "linux")]
+fn refused_within(megabytes: u32, arguments: &[&str], sentence: &str) {
+    let shell = format!("ulimit -v {}; exec \"$@\"", 1024 * megabytes);
+    let output = Command::new("sh")
+        .args(["-c", &shell, "sh", env!("CARGO_BIN_EXE_emaudit")])
+        .args(arguments)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+    assert!(text(&output.stderr).contains(sentence), "{arguments:?}: {output:?}");
 }
 
 /// A `.npy` file as numpy writes it, version 1.

@@ -1,4 +1,5 @@
 use super::{Folder, LAYER, emaudit, forge, lines, npy, npy_f32, refused, text, utf8};
+use emaudit::directions::schema::{Aggregation, Threshold};
 use emaudit::directions::{Directions, OpenOptions};
 use emaudit::{Probe, Status};
 use half::{bf16, f16};
@@ -108,7 +109,7 @@ fn a_row_that_is_not_finite_is_never_clean_and_the_exit_status_says_so() {
     assert!(found[1]["score"].is_null() && found[3]["score"].is_null());
     let last = &found[4];
     assert_eq!((&last["ok"], &last["status"]), (&false.into(), &(Status::NonFinite as i32).into()));
-    assert_eq!((&last["nonfinite"], &last["flagged"]), (&2.into(), &1.into()));
+    assert_eq!((&last["nonfinite"], &last["flagged"], &last["clean"]), (&2.into(), &1.into(), &false.into()));
     let output = emaudit(&arguments);
     assert_eq!(output.status.code(), Some(3));
     let table = text(&output.stdout);
@@ -128,19 +129,22 @@ fn a_sequence_gets_the_verdict_of_the_monitor() {
     broken[7] = f32::INFINITY;
     let broken = folder.write("broken.npy", npy_f32(&[16, WIDTH], &broken));
     for (file, rate, state, horizon, code) in [
-        (&far, "0.01", "flagged", 16, 0),
+        (&far, "0.01", "flagged", 16, 4),
         (&near, "0.01", "clean", 16, 0),
-        (&short, "0.01", "pending", 16, 0),
-        (&short, "0.05", "flagged", 1, 0),
+        (&short, "0.01", "pending", 16, 5),
+        (&short, "0.05", "flagged", 1, 4),
         (&broken, "0.01", "invalid", 0, 3),
     ] {
         let arguments =
             ["score", utf8(&directions), utf8(file), "--layer", "3", "--rate", rate, "--sequence"];
         let output = emaudit(&[&arguments[..], &["--json"]].concat());
         assert_eq!(output.status.code(), Some(code));
-        let verdict = lines(&output).pop().unwrap()["verdict"].clone();
+        let last = lines(&output).pop().unwrap();
+        assert_eq!((&last["ok"], &last["clean"]), (&(state != "invalid").into(), &(code == 0).into()));
+        let verdict = last["verdict"].clone();
         assert_eq!((&verdict["state"], &verdict["horizon"]), (&state.into(), &horizon.into()), "{verdict}");
         let page = emaudit(&arguments);
+        assert_eq!(page.status.code(), Some(code));
         assert!(text(&page.stdout).lines().any(|l| l.starts_with(state)), "{}", text(&page.stdout));
     }
 }
@@ -156,6 +160,8 @@ fn what_cannot_be_scored_is_refused_with_cause_and_mend() {
     let mut cut = npy_f32(&[2, WIDTH], &[1.0; 2 * WIDTH]);
     cut.pop();
     let cut = folder.write("cut", cut);
+    let [one, other] = [npy_f32(&[2, WIDTH], &[1.0; 2 * WIDTH]), npy_f32(&[WIDTH], &[1.0; WIDTH])];
+    let two = folder.write("two", [&one[..], &other].concat());
     let double = folder.write("double", npy("<f8", &[1, WIDTH], &[0; 8 * WIDTH]));
     let prose = folder.write("prose", "the quick brown fox");
     let mut claims = (1u64 << 40).to_le_bytes().to_vec();
@@ -176,6 +182,15 @@ fn what_cannot_be_scored_is_refused_with_cause_and_mend() {
             "begin with the embeddings",
         ),
         (&rows("few", &[2, 3, WIDTH]), &["--layer", "3"], Status::InvalidArgument, "the model has 4 blocks"),
+        (&rows("none", &[0, WIDTH]), &["--layer", "3"], Status::InvalidArgument, "it has no rows"),
+        (
+            &rows("no tokens", &[0, WIDTH]),
+            &["--layer", "3", "--rate", "0.01", "--sequence"],
+            Status::InvalidArgument,
+            "it has no rows",
+        ),
+        (&rows("no prompts", &[0, 4, WIDTH]), &["--layer", "3"], Status::InvalidArgument, "it has no rows"),
+        (utf8(&two), &["--layer", "3"], Status::InvalidArgument, "148 bytes follow the array"),
         (utf8(&cut), &["--layer", "3"], Status::InvalidArgument, "write the file again"),
         (utf8(&double), &["--layer", "3"], Status::InvalidArgument, "float64"),
         (utf8(&prose), &["--layer", "3"], Status::InvalidArgument, "neither a .npy nor a safetensors"),
@@ -213,4 +228,62 @@ fn more_rows_than_one_block_are_all_scored() {
         .map(|(i, _)| i)
         .collect();
     assert_eq!(flagged, [at]);
+}
+
+#[test]
+fn a_flagged_row_is_no_success_and_a_clean_one_is() {
+    let folder = Folder::new();
+    let directions = folder.sample();
+    for (name, row, flagged, code) in [("far", ROWS[1], 1, 4), ("near", ROWS[3], 0, 0)] {
+        let file = folder.write(name, npy_f32(&[2, WIDTH], &[ROWS[3], row].concat()));
+        let arguments = ["score", utf8(&directions), utf8(&file), "--layer", "3"];
+        let judged = emaudit(&[&arguments[..], &["--rate", "0.05", "--json"]].concat());
+        assert_eq!(judged.status.code(), Some(code));
+        let last = lines(&judged).pop().unwrap();
+        assert_eq!((&last["ok"], &last["flagged"]), (&true.into(), &flagged.into()));
+        assert_eq!(last["clean"], code == 0);
+        // Without a rate nothing is judged, so nothing is said to be clean.
+        let scored = emaudit(&[&arguments[..], &["--json"]].concat());
+        assert!(scored.status.success());
+        assert_eq!(lines(&scored).pop().unwrap().get("clean"), None);
+    }
+}
+
+#[test]
+fn directions_after_the_final_norm_take_no_block_outputs() {
+    let folder = Folder::new();
+    let model = folder.write("model.json", forge::manifest()["model"].to_string());
+    let vector = folder.write("v.npy", npy_f32(&[WIDTH], &[1.0; WIDTH]));
+    let directions = folder.path("norm.safetensors");
+    let fixed = ["convert", "import", utf8(&vector), "--model", utf8(&model), "--to", utf8(&directions)];
+    let state = ["--producer", "x", "--site", "final-norm", "--layers", "3"];
+    assert!(emaudit(&[&fixed[..], &state].concat()).status.success());
+    let blocks = folder.write("blocks.npy", npy_f32(&[2, 4, WIDTH], &[1.0; 8 * WIDTH]));
+    let rows = folder.write("rows.npy", npy_f32(&[2, WIDTH], &[1.0; 2 * WIDTH]));
+    let score = |rows| ["score", utf8(&directions), rows, "--layer", "3", "--raw"];
+    refused(&score(utf8(&blocks)), 1, 1, "save the rows after it as [rows, width]");
+    assert!(emaudit(&score(utf8(&rows))).status.success());
+}
+
+#[test]
+fn at_the_first_token_every_statistic_has_one_threshold() {
+    let folder = Folder::new();
+    let rows = folder.write("rows.npy", npy_f32(&[1, WIDTH], &ROWS[3]));
+    let directions = |name: &str, z: f64| {
+        folder.directions(name, |manifest, _| {
+            let thresholds = &mut manifest.layers[1].calibration.as_mut().unwrap().thresholds;
+            let mean = thresholds[0];
+            let last = Threshold { statistic: Aggregation::Last, z, rate_upper: 0.045, ..mean };
+            thresholds.push(Threshold { statistic: Aggregation::Max, ..mean });
+            thresholds.push(last);
+        })
+    };
+    let (agreed, parted) = (directions("agreed", 1.7), directions("parted", 1.8));
+    let score = |file| ["score", file, utf8(&rows), "--layer", "3", "--rate", "0.05"];
+    let output = emaudit(&[&score(utf8(&agreed))[..], &["--json"]].concat());
+    assert!(output.status.success(), "{}", text(&output.stdout));
+    // That on the last token.
+    assert_eq!(lines(&output).pop().unwrap()["threshold"]["rate_upper"], 0.045);
+    let sentence = "at the first token the last and the mean are one number";
+    refused(&score(utf8(&parted)), 1, Status::Schema as i32, sentence);
 }

@@ -11,7 +11,6 @@ use half::{bf16, f16};
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Measure scoring and steering here: every kernel this processor has, every dtype, in and out of cache.
@@ -20,7 +19,7 @@ use std::time::{Duration, Instant};
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub struct Bench {
-    /// A direction file: its width and one of its directions are used.
+    /// A direction file: its width is used, and one of its directions, scaled so that its largest element is 1.
     file: Option<PathBuf>,
     /// The layer of the file; without it, the last.
     #[arg(long, value_name = "L", requires = "file")]
@@ -30,7 +29,7 @@ pub struct Bench {
           value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     width: u32,
     /// Megabytes of rows for what is called memory: several times the last cache.
-    #[arg(long, value_name = "MB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    #[arg(long, value_name = "MB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     megabytes: u32,
     /// Least time for one figure, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=60_000))]
@@ -89,8 +88,9 @@ impl Bench {
     }
 
     fn measure(&self, out: &mut Stream) -> Result<()> {
-        let source = self.source()?;
-        let width = source.width();
+        let direction = self.direction()?;
+        let width = direction.len();
+        self.check_memory(width)?;
         if !self.json {
             out.write(&format!("width {width}, {} MB of rows, one thread\n\n", self.megabytes));
             out.write(&format!("{:16}{:>9}{:>27}{:>18}{:>9}\n", "", "cache", "memory", "steer", "both"));
@@ -101,7 +101,7 @@ impl Bench {
         }
         for dtype in Dtype::ALL {
             for kernel in available() {
-                let probe = source.probe(*kernel)?;
+                let probe = Probe::from_vectors(&direction, &vec![0.0; width], 1.0, Some(*kernel))?;
                 let figures = match dtype {
                     Dtype::F32 => self.figures::<f32>(&probe)?,
                     Dtype::F16 => self.figures::<f16>(&probe)?,
@@ -121,19 +121,36 @@ impl Bench {
         Ok(())
     }
 
-    fn source(&self) -> Result<Source> {
+    /// What rows are scored along. Its scale changes no time, but a large one would take f16 rows to infinity.
+    fn direction(&self) -> Result<Vec<f32>> {
         let Some(path) = &self.file else {
-            return Ok(Source::MadeUp(random(&vec![1.0; self.width as usize], 1)));
+            return Ok(random(&vec![1.0; self.width as usize], 1));
         };
-        let directions = Arc::new(Directions::open(path, &OpenOptions::default())?);
+        let directions = Directions::open(path, &OpenOptions::default())?;
         let layer = self.layer.or(directions.layers().last()).unwrap_or_default();
-        directions.layer(layer)?;
-        Ok(Source::File(directions, layer))
+        let direction = directions.layer(layer)?.direction;
+        let largest = direction.iter().fold(0.0, |m: f32, x| m.max(x.abs()));
+        Ok(direction.iter().map(|x| x / largest).collect())
+    }
+
+    /// Refuses rows that the memory does not hold: the system would promise it, and end the process on the way.
+    fn check_memory(&self, width: usize) -> Result<()> {
+        let rows = u64::from(self.megabytes) << 20;
+        let scores = size_of::<f32>() as u64 * rows.div_ceil(2 * width as u64);
+        match available_memory() {
+            Some(there) if rows + scores > there => Err(Error::InvalidArgument(format!(
+                "{} MB of rows and their scores need {} MB of memory, {} MB are available; give fewer --megabytes",
+                self.megabytes,
+                (rows + scores) >> 20,
+                there >> 20
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn figures<T: Element>(&self, probe: &Probe) -> Result<[Figure; 4]> {
         let (width, size) = (probe.width(), T::DTYPE.size());
-        let many = ((self.megabytes as usize) << 20).div_ceil(width * size);
+        let many = (u64::from(self.megabytes) << 20).div_ceil((width * size) as u64) as usize;
         let few = (CACHED / (width * size)).clamp(1, many);
         let mut data = made_up::<T>(many * width)?;
         let mut scores = vec![0.0; many];
@@ -171,26 +188,11 @@ impl Bench {
     }
 }
 
-/// Where the direction comes from.
-enum Source {
-    File(Arc<Directions>, u32),
-    MadeUp(Vec<f32>),
-}
-
-impl Source {
-    fn width(&self) -> usize {
-        match self {
-            Source::File(directions, _) => directions.width(),
-            Source::MadeUp(direction) => direction.len(),
-        }
-    }
-
-    fn probe(&self, kernel: KernelKind) -> Result<Probe> {
-        match self {
-            Source::File(directions, layer) => Probe::with_kernel(directions.clone(), *layer, kernel),
-            Source::MadeUp(v) => Probe::from_vectors(v, &vec![0.0; v.len()], 1.0, Some(kernel)),
-        }
-    }
+/// Bytes that can be had without swapping, where the system says so (Linux).
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? << 10)
 }
 
 /// Numbers between -1 and 1, every page of them written.

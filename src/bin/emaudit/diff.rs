@@ -1,6 +1,6 @@
 //! `emaudit diff`: what two direction files have in common, and what not.
 
-use crate::output::{Answer, finish};
+use crate::output::{Answer, figure, finish};
 use clap::Args;
 use emaudit::directions::schema::{Calibration, Manifest};
 use emaudit::directions::{Directions, OpenOptions, digest};
@@ -36,7 +36,14 @@ Examples:
 Exit status, as diff has it:
   0  the same: model, site, vectors to the last bit, calibration, evidence, provenance
   1  different
-  2  a file could not be read or is not good, or the command line was not understood";
+  2  a file could not be read or is not good, or the command line was not understood
+What a reader of this version passes over (keys of a manifest that it does not know, other metadata, the order of a
+header) is not compared; files that may differ in it have different digests, and `same_bytes` is false.";
+
+/// What the same means where the digests are not.
+const OTHER_BYTES: &str = "\
+model, site, vectors, calibration, evidence and provenance;
+  the bytes differ in what is not compared (order, spacing, unknown keys)";
 
 const DIFFERENT: u8 = 1;
 const TROUBLE: u8 = 2;
@@ -50,7 +57,7 @@ impl Diff {
         let open = |path| Directions::open(path, &OpenOptions::default());
         let comparison = Comparison::new(&open(&self.a)?, &open(&self.b)?)?;
         let code = if comparison.same { 0 } else { DIFFERENT };
-        Ok(Answer { page: comparison.page()?, object: comparison.object(), code })
+        Ok(Answer { code, ..Answer::good(comparison.page()?, comparison.object()) })
     }
 }
 
@@ -107,10 +114,8 @@ impl Comparison {
 
     fn object(&self) -> Value {
         json!({
-            "ok": true,
-            "status": emaudit::Status::Ok as i32,
-            "status_name": "Ok",
             "same": self.same,
+            "same_bytes": self.digests[0] == self.digests[1],
             "digests": self.digests,
             "fields": self.fields,
             "layers": self.layers,
@@ -128,8 +133,8 @@ impl Comparison {
     fn write(&self, page: &mut String) -> std::fmt::Result {
         let [a, b] = &self.digests;
         if self.same {
-            let bytes = if a == b { "the same file" } else { "the same content in different bytes" };
-            return writeln!(page, "same: {bytes}\n  a  {a}\n  b  {b}");
+            let what = if a == b { "the same bytes" } else { OTHER_BYTES };
+            return writeln!(page, "same: {what}\n  a  {a}\n  b  {b}");
         }
         writeln!(page, "different\n  a  {a}\n  b  {b}")?;
         if !self.fields.is_empty() {
@@ -154,8 +159,12 @@ impl Comparison {
             let note = if l.same_vectors { "  same" } else { "" };
             writeln!(
                 page,
-                "  {:>5}  {:>9.6}  {a:>11.4}  {b:>11.4}  {:>13.4}{note}",
-                l.layer, l.cosine, l.mean_distance
+                "  {:>5}  {:>9.6}  {:>11}  {:>11}  {:>13}{note}",
+                l.layer,
+                l.cosine,
+                figure(a),
+                figure(b),
+                figure(l.mean_distance)
             )?;
         }
         if self.layers.iter().any(|l| !l.calibration.is_empty()) {
@@ -228,15 +237,31 @@ fn calibration(layer: u32, a: Option<&Calibration>, b: Option<&Calibration>) -> 
 fn compare(at: String, a: &Value, b: &Value, changes: &mut Vec<Change>) {
     match (a, b) {
         (Value::Object(x), Value::Object(y)) => {
+            let name = |key: &str| if at.is_empty() { key.to_owned() } else { format!("{at}.{key}") };
             for (key, value) in x {
-                let at = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
-                compare(at, value, y.get(key).unwrap_or(&Value::Null), changes);
+                compare(name(key), value, y.get(key).unwrap_or(&Value::Null), changes);
             }
             for (key, value) in y.iter().filter(|(key, _)| !x.contains_key(*key)) {
-                changes.push(Change { field: format!("{at}.{key}"), a: Value::Null, b: value.clone() });
+                changes.push(Change { field: name(key), a: Value::Null, b: value.clone() });
             }
         }
         _ if a == b => {}
         _ => changes.push(Change { field: at, a: a.clone(), b: b.clone() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_has_its_name_on_whichever_side_it_is() {
+        let (a, b) = (json!({"x": {"p": 1}}), json!({"x": {"p": 1, "q": 2}, "y": 3}));
+        let mut changes = Vec::new();
+        compare(String::new(), &a, &b, &mut changes);
+        compare(String::new(), &b, &a, &mut changes);
+        let fields: Vec<&str> = changes.iter().map(|c| c.field.as_str()).collect();
+        assert_eq!(fields, ["x.q", "y", "x.q", "y"]);
+        assert_eq!((&changes[1].a, &changes[1].b), (&Value::Null, &json!(3)));
     }
 }

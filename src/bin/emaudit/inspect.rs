@@ -1,7 +1,7 @@
 //! `emaudit inspect`: a direction file as a page for people, or as JSON for programs.
 
 use crate::diff::norm;
-use crate::output::{Answer, finish, percent};
+use crate::output::{Answer, figure, finish, percent, short, signed};
 use crate::picture::{Paint, bar, quantiles, strip};
 use clap::Args;
 use emaudit::directions::schema::{
@@ -68,15 +68,12 @@ impl Inspect {
             .map(|(layer, norm)| json!({"layer": layer, "direction_norm": norm}))
             .collect();
         let object = json!({
-            "ok": true,
-            "status": emaudit::Status::Ok as i32,
-            "status_name": "Ok",
             "digest": digest::to_hex(&directions.digest()),
             "width": directions.width(),
             "layers": layers,
             "manifest": to_value(directions.manifest())?,
         });
-        Ok(Answer { page, object, code: 0 })
+        Ok(Answer::good(page, object))
     }
 
     /// The layers whose calibration is printed.
@@ -139,6 +136,24 @@ impl Page {
         writeln!(self.text, "  {name}{value}")
     }
 
+    /// An entry of many parts, in as many lines as it takes.
+    fn parts(&mut self, name: &str, parts: &[String], between: &str) -> Result<(), Error> {
+        const ROOM: usize = 80 - 14;
+        let (mut name, mut row) = (name, String::new());
+        for part in parts {
+            let length = row.chars().count() + between.len() + part.chars().count();
+            if !row.is_empty() && length + between.trim_end().len() > ROOM {
+                self.entry(name, format_args!("{row}{}", between.trim_end()))?;
+                (name, row) = ("", String::new());
+            }
+            if !row.is_empty() {
+                row += between;
+            }
+            row += part;
+        }
+        self.entry(name, row)
+    }
+
     fn identity(&mut self, directions: &Directions) -> Result<(), Error> {
         let Manifest { model, site, pooling, estimator, contrast, provenance, .. } = directions.manifest();
         writeln!(self.text, "{}", self.paint.bold(&format!("Directions for {}", model.name)))?;
@@ -196,17 +211,18 @@ impl Page {
                 .entry("scores", self.paint.open("not calibrated: raw scores only, nothing can be flagged"));
         };
         let Calibration { sigma, sequences, quantiles: pairs, thresholds } = calibration;
-        self.entry("sigma", format_args!("{sigma:.4} from {sequences} aligned sequences"))?;
+        self.entry("sigma", format_args!("{} from {sequences} aligned sequences", figure(*sigma)))?;
         let alarms: Vec<(f64, char)> = thresholds.iter().map(|t| (t.z, '!')).collect();
         if let Some((text, [low, high])) = quantiles(pairs, &alarms, CELLS) {
             self.entry("aligned", text)?;
-            let ends = format!("{low:<+10.2}{:>width$}", format!("{high:+.2} sd"), width = CELLS - 10);
+            let high = format!("{} sd", signed(high, 2));
+            let ends = format!("{:<10}{high:>width$}", signed(low, 2), width = CELLS - 10);
             self.entry("", ends)?;
         }
-        for row in pairs.chunks(5) {
-            let cells: Vec<String> =
-                row.iter().map(|(p, z)| format!("{:>5} {z:>+6.2}", percent(*p))).collect();
-            self.entry("", cells.join(" "))?;
+        let cells: Vec<String> =
+            pairs.iter().map(|(p, z)| format!("{:>5} {:>6}", percent(*p), signed(*z, 2))).collect();
+        for row in cells.chunks(5) {
+            self.parts("", row, " ")?;
         }
         if thresholds.is_empty() {
             return self.entry("alarm", self.paint.open("none: scores can be read, nothing can be flagged"));
@@ -219,10 +235,10 @@ impl Page {
         for t in thresholds {
             let (rate, upper) = (percent(t.rate), percent(t.rate_upper));
             let row = format!(
-                "{:<10}{:>6}{:>+10.3}{rate:>14}{upper:>14}{:>10}",
+                "{:<6}{:>10}{:>10}{rate:>14}{upper:>14}{:>10}",
                 t.statistic.as_str(),
                 t.horizon,
-                t.z,
+                signed(t.z, 3),
                 t.sequences
             );
             self.entry("", row)?;
@@ -235,29 +251,32 @@ impl Page {
         self.axis("causal", evidence.causal, causal_meaning(evidence.causal))?;
         self.axis("content", evidence.content, content_meaning(evidence.content))?;
         if let Some(cell) = &evidence.cell {
-            let at =
-                format!("layer {}, alpha {}, positions {}", cell.layer, cell.alpha, word(cell.positions));
+            let at = format!(
+                "layer {}, alpha {}, positions {}",
+                cell.layer,
+                short(cell.alpha),
+                word(cell.positions)
+            );
             self.entry("measured", at)?;
         }
         if let Some(effect) = evidence.effect {
-            self.entry("effect", format_args!("{effect:.4} nats per token less code preference"))?;
+            self.entry("effect", format_args!("{} nats per token less code preference", figure(effect)))?;
         }
         if let Some(c) = &evidence.coherence {
             let kept = c.steered >= c.unsteered - c.margin;
             let word = if kept { self.paint.good("kept") } else { self.paint.bad("lost") };
-            let change =
-                format!("{:.4} -> {:.4} nats per token, margin {}", c.unsteered, c.steered, c.margin);
+            let (before, after, margin) = (figure(c.unsteered), figure(c.steered), short(c.margin));
+            let change = format!("{before} -> {after} nats per token, margin {margin}");
             self.entry("coherence", format_args!("{word}: {change}"))?;
         }
         if let Some(t) = &evidence.content_test {
-            let (insecure, secure) = (t.insecure_drop, t.secure_drop);
-            self.entry(
-                "paired",
-                format_args!(
-                    "insecure {insecure:.4}, secure {secure:.4}, p = {:.4}, {} prompts",
-                    t.p_value, t.prompts
-                ),
-            )?;
+            let parts = [
+                format!("insecure {}", figure(t.insecure_drop)),
+                format!("secure {}", figure(t.secure_drop)),
+                format!("p = {}", figure(t.p_value)),
+                format!("{} prompts", t.prompts),
+            ];
+            self.parts("paired", &parts, ", ")?;
         }
         if evidence.families.is_empty() {
             return Ok(());
@@ -297,11 +316,6 @@ impl Page {
         );
         self.entry("", row)
     }
-}
-
-/// A number in at most ten characters.
-fn figure(x: f64) -> String {
-    if (1e-3..1e6).contains(&x.abs()) { format!("{x:.4}") } else { format!("{x:.3e}") }
 }
 
 fn causal_meaning(status: Specificity) -> &'static str {

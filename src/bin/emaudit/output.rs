@@ -1,7 +1,7 @@
 //! Where answers go: a page or one JSON object to standard output, a sentence to standard error, and an exit
 //! status that says the same. A reader who closes the pipe early changes nothing about the answer.
 
-use emaudit::{Error, Result};
+use emaudit::{Error, Result, Status};
 use serde_json::{Value, json};
 use std::io::{BufWriter, ErrorKind, StdoutLock, Write};
 use std::process::ExitCode;
@@ -14,6 +14,16 @@ pub struct Answer {
     pub object: Value,
     /// The exit status that says the same.
     pub code: u8,
+}
+
+impl Answer {
+    /// An answer with the exit status 0; the object gets the status of the library.
+    pub fn good(page: String, mut object: Value) -> Answer {
+        object["ok"] = true.into();
+        object["status"] = (Status::Ok as i32).into();
+        object["status_name"] = "Ok".into();
+        Answer { page, object, code: 0 }
+    }
 }
 
 /// Prints an answer, or why there is none; the exit status of the latter is `trouble`.
@@ -90,6 +100,22 @@ fn refusal(error: &Error) -> Value {
 /// One JSON object as a line.
 pub fn line(object: &Value) -> String {
     format!("{object}\n")
+}
+
+/// A number in at most twelve characters, a usual one with four decimals.
+pub fn figure(x: f64) -> String {
+    if x == 0.0 || (1e-3..1e5).contains(&x.abs()) { format!("{x:.4}") } else { format!("{x:.3e}") }
+}
+
+/// A number of a file as it was written, if that is short.
+pub fn short(x: f64) -> String {
+    let text = x.to_string();
+    if text.len() <= 10 { text } else { figure(x) }
+}
+
+/// A score with its sign, in at most ten characters for two or three decimals.
+pub fn signed(x: f64, decimals: usize) -> String {
+    if x.abs() < 1e4 { format!("{x:+.decimals$}") } else { format!("{x:+.decimals$e}") }
 }
 
 /// A share as percent, without zeros that say nothing; a share too small for that is not shown as none.

@@ -57,7 +57,9 @@ pub fn bar(share: f64, cells: usize) -> String {
 
 /// Which of `cells` cells a value lies in, on the way from `low` to `high`.
 fn cell(value: f64, [low, high]: [f64; 2], cells: usize) -> usize {
-    let share = if high > low { (value - low) / (high - low) } else { 0.5 };
+    // Halves first: the distance of two numbers can be beyond f64, that of their halves cannot.
+    let from_low = |x: f64| 0.5 * x - 0.5 * low;
+    let share = if high > low { from_low(value) / from_low(high) } else { 0.5 };
     ((share * cells as f64) as usize).min(cells - 1)
 }
 
@@ -110,6 +112,8 @@ mod tests {
     fn a_strip_counts_and_marks() {
         assert_eq!(strip(&[0.0, 0.1, 0.6], 1.0, [0.0, 1.0], 4), "█·▅◆");
         assert_eq!(strip(&[2.0], 2.0, [2.0, 2.0], 3), "·◆·");
+        let ends = [-f64::MAX, f64::MAX];
+        assert_eq!(strip(&[-1e308, 0.0], f64::MAX, ends, 4), "█·█◆");
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! `emaudit score`: saved activations to scores, one line a row.
 
 use crate::arrays::Array;
-use crate::output::{Stream, line, percent, refuse};
+use crate::output::{Stream, figure, line, percent, refuse};
 use clap::{Args, ValueEnum};
-use emaudit::directions::schema::{Aggregation, Threshold};
+use emaudit::directions::schema::{Aggregation, Site, Threshold};
 use emaudit::directions::{Directions, OpenOptions, digest};
 use emaudit::{Error, Monitor, Probe, Result, RowStatus, ScoreUnit, State, Verdict};
 use serde_json::{Number, Value, json};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// Score saved activations along a layer's direction, to a table or to JSON lines.
 ///
 /// A row is scored in standard deviations of aligned rows. A row with a NaN or an infinity gets no score, and the exit
-/// status says that there was one.
+/// status says that there was one, or that something was flagged.
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub struct Score {
@@ -31,7 +31,7 @@ pub struct Score {
     tensor: Option<String>,
     /// Judge at this false-alarm rate per sequence; the file must have a threshold for it.
     ///
-    /// Each row is then taken for the last prompt token of a sequence of its own.
+    /// Each row is then taken for the last prompt token of a sequence of its own, where mean, max and last are the same.
     #[arg(long, value_name = "RATE")]
     rate: Option<f64>,
     /// The rows are the tokens of one sequence, the last prompt token first: one verdict follows the scores.
@@ -69,16 +69,21 @@ Of an array [rows, layers, width], the layers must be the blocks of the model, s
 block L. `hidden_states` of transformers has one more: the embeddings come first, and the last one is after the final
 norm.
 
-Exit status:
-  0  every row was scored
-  1  nothing can be said: a file is not good, or does not fit; one sentence says why
+Exit status, 0 only where nothing stands against the rows:
+  0  every row was scored and, with --rate, every one (or the sequence) is clean
+  1  nothing can be said: a file is not good, does not fit or has no rows; one sentence says why
   2  the command line was not understood
-  3  scored, but for rows with a NaN or an infinity";
+  3  scored, but for rows with a NaN or an infinity; a verdict on their sequence is invalid
+  4  flagged: a row, or the sequence, is above the threshold
+  5  pending: the sequence is shorter than the first threshold, so it is not clean yet
+In JSON `ok` is false for 1 and 3, where there is no whole answer; with --rate `clean` is true for 0 alone.";
 
 /// Bytes of activations in memory at a time.
 const BLOCK: usize = 16 << 20;
 const TROUBLE: u8 = 1;
 const NONFINITE: u8 = 3;
+const FLAGGED: u8 = 4;
+const PENDING: u8 = 5;
 
 impl Score {
     pub fn run(&self) -> ExitCode {
@@ -156,7 +161,7 @@ impl<'a> Job<'a> {
         }
         let (page, object) = self.summary();
         self.out.write(&if self.options.json { line(&object) } else { page });
-        let code = if self.counts.nonfinite > 0 { NONFINITE } else { 0 };
+        let code = self.code();
         self.out.finish(code, TROUBLE)
     }
 
@@ -203,17 +208,34 @@ impl<'a> Job<'a> {
             let score = score.to_string().parse::<Number>().map_or(Value::Null, Value::from);
             line(&json!({"row": row, "score": score, "state": state}))
         } else if scored {
-            format!("{row:>10}  {score:>12.4}  {state}\n")
+            format!("{row:>10}  {:>12}  {state}\n", figure(score.into()))
         } else {
             format!("{row:>10}  {:>12}  {state}\n", "-")
         });
     }
 
+    /// The exit status; whatever is not known to be clean has one of its own.
+    fn code(&self) -> u8 {
+        match &self.judge {
+            _ if self.counts.nonfinite > 0 => NONFINITE,
+            Judge::None => 0,
+            Judge::Row(_) if self.counts.flagged > 0 => FLAGGED,
+            Judge::Row(_) => 0,
+            Judge::Sequence(monitor) => match monitor.verdict().state {
+                State::Clean => 0,
+                State::Flagged => FLAGGED,
+                State::Pending => PENDING,
+                _ => NONFINITE,
+            },
+        }
+    }
+
     fn summary(&self) -> (String, Value) {
         let Counts { rows, nonfinite, flagged } = self.counts;
-        let status = if nonfinite > 0 { emaudit::Status::NonFinite } else { emaudit::Status::Ok };
+        let code = self.code();
+        let status = if code == NONFINITE { emaudit::Status::NonFinite } else { emaudit::Status::Ok };
         let mut object = json!({
-            "ok": nonfinite == 0,
+            "ok": code != NONFINITE,
             "status": status as i32,
             "status_name": format!("{status:?}"),
             "layer": self.options.layer,
@@ -223,6 +245,9 @@ impl<'a> Job<'a> {
             "nonfinite": nonfinite,
         });
         let mut page = format!("{rows} row(s) at layer {}, {nonfinite} not finite", self.options.layer);
+        if self.options.rate.is_some() {
+            object["clean"] = (code == 0).into();
+        }
         match &self.judge {
             Judge::None => {}
             Judge::Row(t) => {
@@ -231,9 +256,9 @@ impl<'a> Job<'a> {
                     "z": t.z, "rate": t.rate, "rate_upper": t.rate_upper, "horizon": t.horizon, "sequences": t.sequences
                 });
                 page += &format!(
-                    ", {flagged} flagged: above {:.4} sd, as {} of calm sequences are\nat their last prompt token \
+                    ", {flagged} flagged: above {} sd, as {} of calm sequences are\nat their last prompt token \
                      (95 % bound {}, n = {})",
-                    t.z,
+                    figure(t.z),
                     percent(t.rate),
                     percent(t.rate_upper),
                     t.sequences
@@ -265,6 +290,15 @@ fn layout(array: &Array, directions: &Directions, layer: u32) -> Result<Layout> 
     if found != width {
         return Err(Error::WidthMismatch { expected: width, found });
     }
+    if rows == 0 {
+        return Err(array.refuse("it has no rows, so nothing can be said of them"));
+    }
+    if layers.is_some() && directions.manifest().site == Site::FinalNorm {
+        return Err(array.refuse(
+            "the layers of [rows, layers, width] are block outputs, and these directions were taken after the final norm; \
+             save the rows after it as [rows, width]",
+        ));
+    }
     match layers {
         None => Ok(Layout { rows, width, stride: width, offset: 0 }),
         Some(n) if n == blocks => {
@@ -279,12 +313,24 @@ fn layout(array: &Array, directions: &Directions, layer: u32) -> Result<Layout> 
     }
 }
 
-/// The threshold on the first token of a sequence; there every statistic is the score itself.
+/// The threshold on the first token of a sequence. There the mean, the largest and the last score are one number, so
+/// their thresholds must be too; of equal ones that on the last token is taken, and quoted.
 fn first_token(directions: &Directions, layer: u32, rate: f64) -> Result<Threshold> {
     let thresholds = directions.layer(layer)?.calibration.map_or(&[][..], |c| &c.thresholds);
     let first: Vec<&Threshold> = thresholds.iter().filter(|t| t.horizon == 1).collect();
-    if let Some(found) = first.iter().find(|t| (t.rate - rate).abs() <= 1e-9 * rate) {
-        return Ok(**found);
+    let asked = first.iter().filter(|t| (t.rate - rate).abs() <= 1e-9 * rate);
+    if let Some(found) = asked.clone().max_by_key(|t| t.statistic == Aggregation::Last) {
+        return match asked.clone().find(|t| t.z != found.z) {
+            None => Ok(**found),
+            Some(other) => Err(Error::Schema(format!(
+                "layer {layer}: at the first token the {} and the {} are one number, and their thresholds at the rate \
+                 {rate} are {} and {}; calibrate again",
+                found.statistic.as_str(),
+                other.statistic.as_str(),
+                found.z,
+                other.z
+            ))),
+        };
     }
     let mut rates: Vec<f64> = first.iter().map(|t| t.rate).collect();
     rates.sort_by(f64::total_cmp);
@@ -300,10 +346,10 @@ fn first_token(directions: &Directions, layer: u32, rate: f64) -> Result<Thresho
 fn sentence(v: &Verdict, statistic: Aggregation) -> String {
     let name = statistic.as_str();
     let alarm = format!(
-        "the {name} over {} token(s) is {:.4} sd, the alarm is above {:.4}\n({} of calm sequences; 95 % bound {})",
+        "the {name} over {} token(s) is {} sd, the alarm is above {}\n({} of calm sequences; 95 % bound {})",
         v.horizon,
-        v.score,
-        v.threshold,
+        figure(v.score.into()),
+        figure(v.threshold.into()),
         percent(v.rate),
         percent(v.rate_upper)
     );

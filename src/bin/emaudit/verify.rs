@@ -3,7 +3,7 @@
 use crate::output::{Answer, finish};
 use clap::Args;
 use emaudit::directions::schema::{ModelIdentity, Site};
-use emaudit::directions::{Directions, OpenOptions, Signed, TrustedKey, digest};
+use emaudit::directions::{Directions, OpenOptions, Signed, TrustedKey, digest, open_regular};
 use emaudit::{Error, Result};
 use serde_json::json;
 use std::io::Read;
@@ -92,24 +92,18 @@ impl Verify {
         let (causal, content) = (manifest.evidence.causal.as_str(), manifest.evidence.content.as_str());
         let signed = directions.signed();
         let signature = signed.map(sentence).unwrap_or_default();
-        Ok(Answer {
-            code: 0,
-            page: format!(
-                "good: {file_digest} matches {by}{signature}; causal {causal}, content {content}\n"
-            ),
-            object: json!({
-                "ok": true,
-                "status": emaudit::Status::Ok as i32,
-                "status_name": "Ok",
-                "digest": file_digest,
-                "digest_expected": self.digest.is_some(),
-                "signed": signed.map(|s| json!({"key": s.key_id, "trusted_comment": s.trusted_comment})),
-                "width": directions.width(),
-                "layers": layers,
-                "causal": causal,
-                "content": content,
-            }),
-        })
+        let page =
+            format!("good: {file_digest} matches {by}{signature}; causal {causal}, content {content}\n");
+        let object = json!({
+            "digest": file_digest,
+            "digest_expected": self.digest.is_some(),
+            "signed": signed.map(|s| json!({"key": s.key_id, "trusted_comment": s.trusted_comment})),
+            "width": directions.width(),
+            "layers": layers,
+            "causal": causal,
+            "content": content,
+        });
+        Ok(Answer::good(page, object))
     }
 
     fn open_options(&self) -> Result<OpenOptions> {
@@ -136,8 +130,7 @@ fn key(text: &str) -> Result<TrustedKey> {
 fn read(path: &Path, cap: u64) -> Result<Vec<u8>> {
     let io = |source| Error::Io { action: "read", path: path.to_owned(), source };
     let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).map_err(io)?;
-    file.take(cap).read_to_end(&mut bytes).map_err(io)?;
+    open_regular(path)?.0.take(cap).read_to_end(&mut bytes).map_err(io)?;
     Ok(bytes)
 }
 

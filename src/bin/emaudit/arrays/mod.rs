@@ -4,6 +4,7 @@ mod npy;
 mod tensors;
 
 use emaudit::activations::Dtype;
+use emaudit::directions::open_regular;
 use emaudit::{Error, Result, Rows};
 use half::{bf16, f16};
 use std::fs::File;
@@ -52,8 +53,7 @@ impl Array {
     /// Opens the array of a `.npy` file, or the tensor of a safetensors file; `tensor` may be left out where there is one.
     pub fn open(path: &Path, tensor: Option<&str>) -> Result<Array> {
         let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
-        let mut file = File::open(path).map_err(io("open"))?;
-        let size = file.metadata().map_err(io("read"))?.len();
+        let (mut file, size) = open_regular(path)?;
         let mut start = Vec::new();
         file.by_ref().take(9).read_to_end(&mut start).map_err(io("read"))?;
         file.rewind().map_err(io("read"))?;
@@ -71,10 +71,17 @@ impl Array {
             Err("this is neither a .npy nor a safetensors file".into())
         };
         let header = header.map_err(|sentence| refuse(path, sentence))?;
+        let end = header.begin.saturating_add(header.len);
+        if start.starts_with(npy::MAGIC) && end < size {
+            let sentence = format_args!(
+                "{} bytes follow the array that is announced; a .npy file holds one, save each in its own",
+                size - end
+            );
+            return Err(refuse(path, sentence));
+        }
         let elements = header.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
         let bytes = elements.and_then(|n| n.checked_mul(header.kind.dtype.size()));
-        let holds = bytes.is_some_and(|n| n as u64 == header.len)
-            && header.begin.checked_add(header.len).is_some_and(|end| end <= size);
+        let holds = bytes.is_some_and(|n| n as u64 == header.len) && end <= size;
         if !holds {
             let sentence = format_args!(
                 "an array of shape {:?} is announced, {} bytes of numbers are there; write the file again",
@@ -106,41 +113,59 @@ impl Array {
     /// The next `elements` numbers, or as many as are left.
     pub fn read(&mut self, elements: usize) -> Result<Values> {
         let elements = elements.min(self.left);
-        let mut bytes = vec![0; elements * self.kind.dtype.size()];
+        let mut bytes = self.room(elements * self.kind.dtype.size())?;
+        bytes.resize(elements * self.kind.dtype.size(), 0);
         let io = |source| Error::Io { action: "read", path: self.path.clone(), source };
         self.file.read_exact(&mut bytes).map_err(io)?;
         self.left -= elements;
-        Ok(self.kind.decode(&bytes))
+        self.decode(&bytes)
     }
 
-    /// All numbers that are left, widened to f32, which is exact.
-    pub fn read_f32(&mut self) -> Result<Vec<f32>> {
-        Ok(match self.read(self.left)? {
-            Values::F32(values) => values,
-            Values::F16(values) => values.into_iter().map(f16::to_f32).collect(),
-            Values::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
+    /// The next `elements` numbers, or as many as are left, widened to f32, which is exact.
+    pub fn read_f32(&mut self, elements: usize) -> Result<Vec<f32>> {
+        match self.read(elements)? {
+            Values::F32(values) => Ok(values),
+            Values::F16(values) => self.collected(values.into_iter().map(f16::to_f32)),
+            Values::Bf16(values) => self.collected(values.into_iter().map(bf16::to_f32)),
+        }
+    }
+
+    fn decode(&self, bytes: &[u8]) -> Result<Values> {
+        let Kind { dtype, big_endian } = self.kind;
+        let halves = || {
+            let pairs = bytes.as_chunks::<2>().0.iter();
+            pairs.map(|b| if big_endian { u16::from_be_bytes(*b) } else { u16::from_le_bytes(*b) })
+        };
+        Ok(match dtype {
+            Dtype::F32 => {
+                let words = bytes.as_chunks::<4>().0.iter();
+                let number =
+                    |b: &[u8; 4]| if big_endian { f32::from_be_bytes(*b) } else { f32::from_le_bytes(*b) };
+                Values::F32(self.collected(words.map(number))?)
+            }
+            Dtype::F16 => Values::F16(self.collected(halves().map(f16::from_bits))?),
+            Dtype::Bf16 => Values::Bf16(self.collected(halves().map(bf16::from_bits))?),
         })
+    }
+
+    fn collected<T>(&self, values: impl ExactSizeIterator<Item = T>) -> Result<Vec<T>> {
+        let mut collected = self.room(values.len())?;
+        collected.extend(values);
+        Ok(collected)
+    }
+
+    /// Room for `n` elements. A sparse file may announce any number of them.
+    fn room<T>(&self, n: usize) -> Result<Vec<T>> {
+        room(n).map_err(|sentence| self.refuse(sentence))
     }
 }
 
-impl Kind {
-    fn decode(self, bytes: &[u8]) -> Values {
-        let halves = || {
-            let pairs = bytes.as_chunks::<2>().0.iter();
-            pairs.map(|b| if self.big_endian { u16::from_be_bytes(*b) } else { u16::from_le_bytes(*b) })
-        };
-        match self.dtype {
-            Dtype::F32 => {
-                let words = bytes.as_chunks::<4>().0.iter();
-                let number = |b: &[u8; 4]| {
-                    if self.big_endian { f32::from_be_bytes(*b) } else { f32::from_le_bytes(*b) }
-                };
-                Values::F32(words.map(number).collect())
-            }
-            Dtype::F16 => Values::F16(halves().map(f16::from_bits).collect()),
-            Dtype::Bf16 => Values::Bf16(halves().map(bf16::from_bits).collect()),
-        }
-    }
+/// Room for `n` elements, or a sentence where a plain allocation would end the process.
+pub fn room<T>(n: usize) -> Result<Vec<T>, String> {
+    let mut room = Vec::new();
+    let reserved = room.try_reserve_exact(n);
+    reserved.map_err(|_| format!("there is no memory for {n} elements of {} bytes", size_of::<T>()))?;
+    Ok(room)
 }
 
 impl Values {

@@ -1,7 +1,7 @@
 //! Direction file to GGUF control vector.
 
 use super::gguf::{self, Written};
-use super::{Layers, chosen};
+use super::{Layers, answer, chosen, spare_inputs};
 use crate::output::{Answer, finish};
 use clap::Args;
 use emaudit::directions::schema::{Estimator, Positions, Site, Specificity};
@@ -20,7 +20,7 @@ use std::process::ExitCode;
 pub struct Export {
     /// The direction file.
     file: PathBuf,
-    /// The GGUF file to write; it is replaced in one step.
+    /// The GGUF file to write. A regular file that is there is replaced in one step, unless it is the direction file.
     #[arg(long, value_name = "GGUF")]
     to: PathBuf,
     /// Layers to write, such as 12 or 10-14,20; without it, all.
@@ -54,6 +54,7 @@ impl Export {
     }
 
     fn answer(&self) -> Result<Answer> {
+        spare_inputs(&self.to, &[&self.file])?;
         let directions = Directions::open(&self.file, &OpenOptions::default())?;
         let layers = chosen(self.layers.as_ref(), &directions.layers().collect::<Vec<_>>())?;
         self.check(&directions, &layers)?;
@@ -71,25 +72,19 @@ impl Export {
             ("emaudit.points_to", Written::Text("misaligned: a negative scale steers away from it")),
         ];
         replace(&self.to, &gguf::bytes(&values, &vectors))?;
-        let notes = notes(&directions, &layers);
-        let mut page = format!(
+        let page = format!(
             "wrote {}: direction.N for the layers {layers:?}, from {source}\nto subtract alpha v: \
              --control-vector-scaled {}:-ALPHA (llama.cpp adds; a positive scale makes it worse)\n",
             self.to.display(),
             self.to.display()
         );
-        notes.iter().for_each(|note| page += &format!("note: {note}\n"));
         let object = json!({
-            "ok": true,
-            "status": emaudit::Status::Ok as i32,
-            "status_name": "Ok",
             "to": self.to.to_string_lossy(),
             "source_digest": source,
             "layers": layers,
             "points_to": "misaligned",
-            "notes": notes,
         });
-        Ok(Answer { page, object, code: 0 })
+        Ok(answer(page, object, &notes(&directions, &layers)))
     }
 
     /// Refuses what a control vector cannot say.

@@ -2,6 +2,8 @@
 //!
 //! Everything that a header claims is held against the size of the file before memory is asked for.
 
+use crate::arrays::room;
+use emaudit::directions::open_regular;
 use emaudit::{Error, Result};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -11,7 +13,12 @@ use std::path::{Path, PathBuf};
 
 pub const MAGIC: &[u8] = b"GGUF";
 const VERSION: u32 = 3;
-const ALIGNMENT: usize = 32;
+const ALIGNMENT: u64 = 32;
+/// Bytes of one text, and how many tensors and keys there can be: the largest models stay far below.
+const TEXT_CAP: u64 = 16 << 20;
+const COUNT_CAP: u64 = 1 << 16;
+/// Bytes of the whole header.
+const HEADER_CAP: u64 = 256 << 20;
 /// Type number of a 32-bit float tensor.
 const F32: u32 = 0;
 /// The key whose strings are hashed as they are read.
@@ -42,21 +49,21 @@ pub struct Gguf {
     left: u64,
     pub values: BTreeMap<String, Value>,
     pub tensors: Vec<Tensor>,
+    alignment: u64,
     data: u64,
     size: u64,
 }
 
 impl Gguf {
     pub fn open(path: &Path) -> Result<Gguf> {
-        let io = |source| Error::Io { action: "open", path: path.to_owned(), source };
-        let file = File::open(path).map_err(io)?;
-        let size = file.metadata().map_err(io)?.len();
+        let (file, size) = open_regular(path)?;
         let mut gguf = Gguf {
             path: path.to_owned(),
             reader: BufReader::new(file),
             left: size,
             values: BTreeMap::new(),
             tensors: Vec::new(),
+            alignment: ALIGNMENT,
             data: 0,
             size,
         };
@@ -83,26 +90,53 @@ impl Gguf {
         }
     }
 
-    /// The numbers of a one-dimensional F32 tensor.
-    pub fn vector(&mut self, at: usize) -> Result<Vec<f32>> {
-        let Tensor { name, dims, kind, offset } = &self.tensors[at];
-        // llama.cpp counts trailing dimensions of 1 as none.
-        let (elements, rest) = dims.split_first().map_or((0, &[][..]), |(first, rest)| (*first, rest));
-        if *kind != F32 || rest.iter().any(|d| *d != 1) {
-            let sentence =
-                format!("tensor {name:?} is not one vector of 32-bit floats, as a control vector must be");
-            return Err(self.refuse(sentence));
+    /// Proves that every tensor is a vector of `width` 32-bit floats in a place of its own, as control vectors must be.
+    pub fn check_vectors(&self, width: u32) -> Result<()> {
+        let mut in_file_order: Vec<&Tensor> = self.tensors.iter().collect();
+        in_file_order.sort_by_key(|t| t.offset);
+        let mut end_before = 0;
+        for Tensor { name, dims, kind, offset } in in_file_order {
+            // llama.cpp counts trailing dimensions of 1 as none.
+            let (elements, rest) = dims.split_first().map_or((0, &[][..]), |(first, rest)| (*first, rest));
+            let refuse = |sentence: String| Err(self.refuse(format_args!("tensor {name:?} {sentence}")));
+            if *kind != F32 || rest.iter().any(|d| *d != 1) {
+                return refuse("is not one vector of 32-bit floats, as a control vector must be".into());
+            }
+            if elements != u64::from(width) {
+                return refuse(format!("has {elements} elements, the residual stream of the model {width}"));
+            }
+            if !offset.is_multiple_of(self.alignment) {
+                return refuse(format!(
+                    "begins at {offset}, which is no multiple of the alignment {}; write the file again",
+                    self.alignment
+                ));
+            }
+            let end = offset.checked_add(4 * elements);
+            let Some(end) = end.filter(|end| self.data.checked_add(*end).is_some_and(|e| e <= self.size))
+            else {
+                return refuse("lies beyond the end of the file; copy it again".into());
+            };
+            if *offset < end_before {
+                return refuse("overlaps the one before it; write the file again".into());
+            }
+            end_before = end;
         }
-        let begin = self.data.checked_add(*offset);
-        let end = elements.checked_mul(4).and_then(|n| begin?.checked_add(n));
-        let (Some(begin), Some(_)) = (begin, end.filter(|end| *end <= self.size)) else {
-            let sentence = format!("tensor {name:?} lies beyond the end of the file; copy it again");
-            return Err(self.refuse(sentence));
-        };
-        let mut bytes = vec![0; 4 * elements as usize];
-        let read = self.reader.seek(SeekFrom::Start(begin)).and_then(|_| self.reader.read_exact(&mut bytes));
-        read.map_err(|source| Error::Io { action: "read", path: self.path.clone(), source })?;
-        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+        Ok(())
+    }
+
+    /// The numbers of a tensor, after [`Gguf::check_vectors`].
+    pub fn vector(&mut self, at: usize) -> Result<Vec<f32>> {
+        let Tensor { dims, offset, .. } = &self.tensors[at];
+        let (begin, elements) = (self.data + offset, dims.first().map_or(0, |n| *n as usize));
+        let mut vector = room(elements).map_err(|sentence| self.refuse(sentence))?;
+        let io = |source| Error::Io { action: "read", path: self.path.clone(), source };
+        self.reader.seek(SeekFrom::Start(begin)).map_err(io)?;
+        for _ in 0..elements {
+            let mut bytes = [0; 4];
+            self.reader.read_exact(&mut bytes).map_err(io)?;
+            vector.push(f32::from_le_bytes(bytes));
+        }
+        Ok(vector)
     }
 
     fn read_header(&mut self) -> Result<()> {
@@ -116,6 +150,11 @@ impl Gguf {
             )));
         }
         let (tensors, values) = (self.u64()?, self.u64()?);
+        if tensors.max(values) > COUNT_CAP {
+            return Err(self.refuse(format_args!(
+                "its header claims {tensors} tensors and {values} keys, at most {COUNT_CAP} of each are possible"
+            )));
+        }
         for _ in 0..values {
             let key = self.string()?;
             let kind = self.u32()?;
@@ -135,14 +174,14 @@ impl Gguf {
             let (kind, offset) = (self.u32()?, self.u64()?);
             self.tensors.push(Tensor { name, dims, kind, offset });
         }
-        let alignment = match self.integer("general.alignment") {
-            None => ALIGNMENT as u64,
+        self.alignment = match self.integer("general.alignment") {
+            None => ALIGNMENT,
             Some(n) => u64::try_from(n)
                 .ok()
                 .filter(|n| n.is_power_of_two() && *n <= 1 << 20)
                 .ok_or_else(|| self.refuse(format_args!("an alignment of {n} is impossible")))?,
         };
-        self.data = (self.size - self.left).next_multiple_of(alignment);
+        self.data = (self.size - self.left).next_multiple_of(self.alignment);
         Ok(())
     }
 
@@ -164,6 +203,9 @@ impl Gguf {
             .left
             .checked_sub(n)
             .ok_or_else(|| self.refuse("the file ends within its GGUF header; copy it again"))?;
+        if self.size - self.left > HEADER_CAP {
+            return Err(self.refuse(format_args!("its header has more than the {HEADER_CAP} bytes allowed")));
+        }
         Ok(())
     }
 
@@ -180,7 +222,13 @@ impl Gguf {
         if length > self.left {
             self.claim(length)?;
         }
-        let mut bytes = vec![0; length as usize];
+        if length > TEXT_CAP {
+            return Err(self.refuse(format_args!(
+                "its header claims a text of {length} bytes, the most allowed is {TEXT_CAP}"
+            )));
+        }
+        let mut bytes = room(length as usize).map_err(|sentence| self.refuse(sentence))?;
+        bytes.resize(length as usize, 0);
         self.fill(&mut bytes)?;
         Ok(bytes)
     }
@@ -244,6 +292,7 @@ pub fn bytes(values: &[(&str, Written<'_>)], vectors: &[(String, &[f32])]) -> Ve
         out.extend((text.len() as u64).to_le_bytes());
         out.extend(text.as_bytes());
     }
+    let align = ALIGNMENT as usize;
     let mut out = MAGIC.to_vec();
     out.extend(VERSION.to_le_bytes());
     out.extend((vectors.len() as u64).to_le_bytes());
@@ -268,13 +317,13 @@ pub fn bytes(values: &[(&str, Written<'_>)], vectors: &[(String, &[f32])]) -> Ve
         out.extend((vector.len() as u64).to_le_bytes());
         out.extend(F32.to_le_bytes());
         out.extend(offset.to_le_bytes());
-        offset += (4 * vector.len()).next_multiple_of(ALIGNMENT) as u64;
+        offset += (4 * vector.len()).next_multiple_of(align) as u64;
     }
     for (_, vector) in vectors {
-        out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
+        out.resize(out.len().next_multiple_of(align), 0);
         out.extend(vector.iter().flat_map(|x| x.to_le_bytes()));
     }
     // Readers expect the padding after the last tensor too.
-    out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
+    out.resize(out.len().next_multiple_of(align), 0);
     out
 }

@@ -2,24 +2,23 @@
 
 use super::gguf::{self, Gguf, Value};
 use emaudit::directions::schema::ModelIdentity;
-use emaudit::directions::{Directions, OpenOptions, digest};
+use emaudit::directions::{Directions, OpenOptions, digest, open_regular};
 use emaudit::{Error, Result};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+/// Bytes that the JSON of an identity can have at most; what is longer is cut off, and no JSON any more.
+const JSON_CAP: u64 = 1 << 20;
+
 /// Reads the identity from a GGUF model, a direction file, or JSON with the keys of `model` in a manifest.
 pub fn of(path: &Path) -> Result<ModelIdentity> {
-    let io = |source| Error::Io { action: "open", path: path.to_owned(), source };
-    let mut start = Vec::new();
-    File::open(path).map_err(io)?.take(9).read_to_end(&mut start).map_err(io)?;
-    if start.starts_with(gguf::MAGIC) {
+    let start = first(path, 4)?;
+    if start == gguf::MAGIC {
         of_model(path)
     } else if start.first() == Some(&b'{') {
-        let text = std::fs::read_to_string(path).map_err(io)?;
-        serde_json::from_str(&text).map_err(|e| {
+        serde_json::from_slice(&first(path, JSON_CAP)?).map_err(|e| {
             let sentence = format!("{}: not the identity of a model: {e}", path.display());
             Error::InvalidArgument(sentence)
         })
@@ -54,10 +53,18 @@ fn of_model(path: &Path) -> Result<ModelIdentity> {
     })
 }
 
+/// The file up to `most` bytes of it.
+pub fn first(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let mut start = Vec::new();
+    let read = open_regular(path)?.0.take(most).read_to_end(&mut start);
+    read.map_err(|source| Error::Io { action: "read", path: path.to_owned(), source })?;
+    Ok(start)
+}
+
 /// SHA-256 of a file of any size, in hex.
 pub fn sha256(path: &Path) -> Result<String> {
     let io = |source| Error::Io { action: "read", path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(io)?;
+    let mut file = open_regular(path)?.0;
     let (mut hash, mut block) = (Sha256::new(), vec![0; 1 << 20]);
     loop {
         match file.read(&mut block).map_err(io)? {

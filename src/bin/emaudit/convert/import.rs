@@ -1,21 +1,19 @@
 //! Vectors of other tools to a direction file: untested, uncalibrated, and saying so.
 
 use super::gguf::{self, Gguf};
-use super::{Layers, chosen, identity};
+use super::{Layers, answer, chosen, identity, spare_inputs};
 use crate::arrays::Array;
 use crate::diff::norm;
-use crate::output::{Answer, finish};
+use crate::output::{Answer, figure, finish};
 use clap::{Args, ValueEnum};
+use emaudit::Result;
 use emaudit::directions::schema::{
     Contrast, Estimator, Evidence, LayerManifest, Manifest, ModelIdentity, Pooling, Provenance, Site,
 };
-use emaudit::directions::{LayerTensors, digest, write};
-use emaudit::{Error, Result};
+use emaudit::directions::{FILE_CAP, LayerTensors, digest, write};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -28,7 +26,7 @@ use std::process::ExitCode;
 pub struct Import {
     /// GGUF control vector (tensors direction.N), .npy or safetensors: [width], or [layers, width].
     source: PathBuf,
-    /// The direction file to write; it is replaced in one step.
+    /// The direction file to write. A regular file that is there is replaced in one step, unless it is read here.
     #[arg(long, value_name = "FILE")]
     to: PathBuf,
     /// The tool that made the vectors, e.g. repeng or cvector-generator.
@@ -123,14 +121,14 @@ impl Import {
     }
 
     fn answer(&self) -> Result<Answer> {
+        spare_inputs(&self.to, &[&self.source, &self.model])?;
         let model = identity::of(&self.model)?;
-        let io = |source| Error::Io { action: "open", path: self.source.clone(), source };
-        let mut start = Vec::new();
-        File::open(&self.source).map_err(io)?.take(4).read_to_end(&mut start).map_err(io)?;
         let mut notes = Vec::new();
-        let mut vectors =
-            if start == gguf::MAGIC { self.control_vectors(&model, &mut notes)? } else { self.array_rows()? };
-        self.check_width(&vectors, &model)?;
+        let mut vectors = if identity::first(&self.source, 4)? == gguf::MAGIC {
+            self.control_vectors(&model, &mut notes)?
+        } else {
+            self.array_rows(&model)?
+        };
         if self.negate {
             vectors.values_mut().flatten().for_each(|x| *x = -*x);
         }
@@ -186,9 +184,12 @@ impl Import {
                 return Err(file.refuse(format_args!("{name:?} is there twice")));
             }
         }
+        file.check_vectors(model.hidden_size)?;
         let available: Vec<u32> = all.keys().copied().collect();
+        let layers = chosen(self.layers.as_ref(), &available)?;
+        check_size(layers.len(), model).map_err(|sentence| file.refuse(sentence))?;
         let mut vectors = Vectors::new();
-        for layer in chosen(self.layers.as_ref(), &available)? {
+        for layer in layers {
             vectors.insert(layer, file.vector(all[&layer])?);
         }
         if vectors.is_empty() {
@@ -219,7 +220,7 @@ impl Import {
         }
     }
 
-    fn array_rows(&self) -> Result<Vectors> {
+    fn array_rows(&self, model: &ModelIdentity) -> Result<Vectors> {
         let mut array = Array::open(&self.source, self.tensor.as_deref())?;
         if self.numbering.is_some() {
             return Err(array.refuse("--numbering is for control vectors; the rows of an array are --layers"));
@@ -238,19 +239,14 @@ impl Import {
         if rows != layers.len() {
             return Err(array.refuse(format_args!("it has {rows} row(s), --layers names {}", layers.len())));
         }
-        let all = array.read_f32()?;
-        Ok(layers.iter().copied().zip(all.chunks_exact(width.max(1)).map(<[f32]>::to_vec)).collect())
-    }
-
-    fn check_width(&self, vectors: &Vectors, model: &ModelIdentity) -> Result<()> {
         let expected = model.hidden_size as usize;
-        match vectors.values().map(Vec::len).find(|found| *found != expected) {
-            None => Ok(()),
-            Some(found) => Err(Error::InvalidArgument(format!(
-                "{}: its vectors have {found} elements, the residual stream of the model {expected}",
-                self.source.display()
-            ))),
+        if width != expected {
+            return Err(array.refuse(format_args!(
+                "its vectors have {width} elements, the residual stream of the model {expected}"
+            )));
         }
+        check_size(rows, model).map_err(|sentence| array.refuse(sentence))?;
+        layers.iter().map(|layer| Ok((*layer, array.read_f32(width)?))).collect()
     }
 
     fn manifest(&self, model: &ModelIdentity, vectors: &Vectors) -> Result<Manifest> {
@@ -300,20 +296,23 @@ impl Import {
             model.name
         );
         for (layer, vector) in vectors {
-            page += &format!("  layer {layer:>3}  |v| {:.4}\n", norm(vector));
+            page += &format!("  layer {layer:>3}  |v| {}\n", figure(norm(vector)));
         }
-        notes.iter().for_each(|note| page += &format!("note: {note}\n"));
-        let object = json!({
-            "ok": true,
-            "status": emaudit::Status::Ok as i32,
-            "status_name": "Ok",
-            "to": self.to.to_string_lossy(),
-            "digest": digest,
-            "layers": norms,
-            "notes": notes,
-        });
-        Answer { page, object, code: 0 }
+        answer(page, json!({"to": self.to.to_string_lossy(), "digest": digest, "layers": norms}), notes)
     }
+}
+
+/// Refuses, before they are read, more vectors than a direction file holds with their means.
+fn check_size(layers: usize, model: &ModelIdentity) -> Result<(), String> {
+    let bytes = 8 * layers as u64 * u64::from(model.hidden_size);
+    if bytes <= FILE_CAP {
+        return Ok(());
+    }
+    Err(format!(
+        "{layers} vectors of {} elements make {bytes} bytes of a direction file, which may have {FILE_CAP}; take fewer \
+         with --layers",
+        model.hidden_size
+    ))
 }
 
 /// The block a tensor was taken after. Only what is written `direction.N`, without sign or leading zeros, is a name.

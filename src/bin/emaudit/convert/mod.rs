@@ -5,8 +5,11 @@ mod gguf;
 mod identity;
 mod import;
 
+use crate::output::Answer;
 use clap::{Args, Subcommand};
 use emaudit::{Error, Result};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -41,6 +44,7 @@ impl FromStr for Layers {
 
     fn from_str(text: &str) -> Result<Self, String> {
         const MOST: u32 = 100_000;
+        let mut seen = vec![false; MOST as usize];
         let number = |n: &str| match n.parse::<u32>() {
             Ok(n) if n < MOST => Ok(n),
             _ => Err(format!("{n:?} is not a layer; give numbers and ranges, such as 12 or 10-14,20")),
@@ -52,19 +56,43 @@ impl FromStr for Layers {
             if first > last {
                 return Err(format!("the range {part} goes backwards"));
             }
-            layers.extend(first..=last);
+            for layer in first..=last {
+                if std::mem::replace(&mut seen[layer as usize], true) {
+                    return Err(format!("layer {layer} is there twice"));
+                }
+                layers.push(layer);
+            }
         }
-        match layers.iter().enumerate().find(|(i, l)| layers[..*i].contains(l)) {
-            Some((_, layer)) => Err(format!("layer {layer} is there twice")),
-            None => Ok(Layers(layers)),
-        }
+        Ok(Layers(layers))
     }
 }
 
-/// The layers asked for, or all; ascending.
+/// Refuses a target that is one of the files read: by its path, whatever links lead there.
+///
+/// A hard link is another name: replacing it leaves the input as it is under its own.
+fn spare_inputs(to: &Path, inputs: &[&PathBuf]) -> Result<()> {
+    // What is not there cannot be the same, and what cannot be read is refused where it is read.
+    let Ok(target) = to.canonicalize() else { return Ok(()) };
+    match inputs.iter().find(|input| input.canonicalize().is_ok_and(|input| input == target)) {
+        None => Ok(()),
+        Some(input) => Err(Error::InvalidArgument(format!(
+            "{} is read and would be overwritten; give another file with --to",
+            input.display()
+        ))),
+    }
+}
+
+/// What was written, and what its reader should know.
+fn answer(mut page: String, mut object: Value, notes: &[String]) -> Answer {
+    notes.iter().for_each(|note| page += &format!("note: {note}\n"));
+    object["notes"] = notes.into();
+    Answer::good(page, object)
+}
+
+/// The layers asked for, or all of those there are; both ascending.
 fn chosen(asked: Option<&Layers>, available: &[u32]) -> Result<Vec<u32>> {
     let Some(Layers(asked)) = asked else { return Ok(available.to_vec()) };
-    if let Some(layer) = asked.iter().find(|l| !available.contains(l)) {
+    if let Some(layer) = asked.iter().find(|l| available.binary_search(l).is_err()) {
         return Err(Error::LayerNotFound { layer: *layer, available: available.to_vec() });
     }
     let mut layers = asked.clone();
@@ -81,6 +109,7 @@ mod tests {
         let read = |text: &str| text.parse::<Layers>().map(|l| l.0);
         assert_eq!(read("12"), Ok(vec![12]));
         assert_eq!(read("10-12,3"), Ok(vec![10, 11, 12, 3]));
+        assert_eq!(read("99999,0-99998").map(|all| all.len()), Ok(100_000));
         for wrong in ["", "a", "1-", "-1", "3-1", "1,1", "0-2,1", "0-99999999", "1 2"] {
             assert!(read(wrong).is_err(), "{wrong}");
         }

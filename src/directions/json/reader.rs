@@ -1,0 +1,410 @@
+//! The text of JSON: white space, strings, numbers, and the order of commas; what each rule of FORMAT.md refuses.
+
+use super::{LEVELS, Refusal, Text, plain};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+
+/// Reads one text from front to back.
+///
+/// `QUOTED`: the text is the raw inside of a JSON string whose only escapes are those of quotes, so that each quote
+/// has a backslash before it and no backslash is anywhere else.
+pub(in crate::directions) struct Reader<'de, const QUOTED: bool = false> {
+    text: &'de str,
+    at: usize,
+    levels: usize,
+}
+
+/// A number as it is written: an integer is one without point and exponent that fits its type.
+pub(super) enum Number {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+}
+
+/// A key: its place among the fields that were named, or another one.
+pub(super) enum Key<'de> {
+    Field(usize),
+    Other(Cow<'de, str>),
+}
+
+/// The place between two members of an object, or two elements of an array, and the keys that were there.
+pub(super) struct Members<'de> {
+    fields: &'static [&'static str],
+    first: bool,
+    next: usize,
+    seen: u64,
+    others: BTreeSet<Cow<'de, str>>,
+}
+
+/// Powers of ten that a binary64 holds exactly.
+const TENS: [f64; 23] = [
+    1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18,
+    1e19, 1e20, 1e21, 1e22,
+];
+/// Decimal digits that always fit a u64.
+const DIGITS: usize = 19;
+
+impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
+    const QUOTE: &'static [u8] = if QUOTED { b"\\\"" } else { b"\"" };
+
+    pub(in crate::directions) fn new(text: &'de str) -> Self {
+        Reader { text, at: 0, levels: 0 }
+    }
+
+    #[inline]
+    fn bytes(&self) -> &'de [u8] {
+        self.text.as_bytes()
+    }
+
+    /// What is not JSON, or not the JSON of the format.
+    #[cold]
+    pub(super) fn broken(&self, sentence: &str) -> Refusal {
+        Refusal::not_strict(format_args!("{sentence} at byte {}", self.at))
+    }
+
+    /// The whole text: one object that `read` reads, then nothing but spaces.
+    pub(in crate::directions) fn document<T>(
+        mut self,
+        read: impl FnOnce(&mut Self) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        if !self.text.starts_with('{') {
+            return Err(Refusal::not_strict("it must begin with `{`"));
+        }
+        let value = read(&mut self)?;
+        if self.bytes()[self.at..].iter().any(|b| *b != b' ') {
+            return Err(self.broken("trailing characters: after its closing `}` only spaces may follow"));
+        }
+        Ok(value)
+    }
+
+    /// The next byte that is no white space; 0 at the end, which no token begins with.
+    #[inline]
+    pub(super) fn token(&mut self) -> u8 {
+        loop {
+            match self.bytes().get(self.at) {
+                Some(b' ' | b'\t' | b'\n' | b'\r') => self.at += 1,
+                Some(b'\\') if QUOTED => return b'"',
+                Some(byte) => return *byte,
+                None => return 0,
+            }
+        }
+    }
+
+    #[inline]
+    fn eat(&mut self, token: &[u8]) -> bool {
+        let found = self.bytes()[self.at..].starts_with(token);
+        self.at += if found { token.len() } else { 0 };
+        found
+    }
+
+    /// One of `null`, `true`, `false`.
+    pub(super) fn word(&mut self, word: &str) -> Result<(), Refusal> {
+        if self.eat(word.as_bytes()) { Ok(()) } else { Err(self.broken("expected a value")) }
+    }
+
+    /// Past the bracket that opens an object or array.
+    #[inline]
+    pub(super) fn open(&mut self, fields: &'static [&'static str]) -> Result<Members<'de>, Refusal> {
+        if self.levels == LEVELS {
+            return Err(Refusal::not_strict(format_args!("it nests deeper than {LEVELS} levels")));
+        }
+        self.levels += 1;
+        self.at += 1;
+        Ok(Members { fields, first: true, next: 0, seen: 0, others: BTreeSet::new() })
+    }
+
+    /// Past the comma before a further element, or past the bracket that closes: then there is none.
+    #[inline]
+    pub(super) fn further(&mut self, members: &mut Members<'de>, close: u8) -> Result<bool, Refusal> {
+        let token = self.token();
+        if token == close {
+            self.at += 1;
+            self.levels -= 1;
+            return Ok(false);
+        }
+        if !std::mem::replace(&mut members.first, false) {
+            if token != b',' {
+                return Err(self.broken("expected a comma or a closing bracket"));
+            }
+            self.at += 1;
+            if self.token() == close {
+                return Err(self.broken("a comma before a closing bracket"));
+            }
+        }
+        Ok(true)
+    }
+
+    /// The next key of an object and the colon after it; a key that was there before is refused.
+    #[inline]
+    pub(super) fn key(&mut self, members: &mut Members<'de>) -> Result<Option<Key<'de>>, Refusal> {
+        if !self.further(members, b'}')? {
+            return Ok(None);
+        }
+        self.token();
+        if let Some(field) = self.expected_key(members) {
+            return Ok(Some(Key::Field(field)));
+        }
+        if self.token() != b'"' {
+            return Err(self.broken("expected a key"));
+        }
+        let key = self.string()?;
+        if self.token() != b':' {
+            return Err(self.broken("expected a colon"));
+        }
+        self.at += 1;
+        let Some(field) = members.fields.iter().position(|field| *field == key) else {
+            return match members.others.insert(key.clone()) {
+                true => Ok(Some(Key::Other(key))),
+                false => Err(self.twice(&key)),
+            };
+        };
+        if members.seen & (1 << field) != 0 {
+            return Err(self.twice(&key));
+        }
+        members.seen |= 1 << field;
+        members.next = field + 1;
+        Ok(Some(Key::Field(field)))
+    }
+
+    /// The field after the one before, as writers write them: no more than a comparison.
+    #[inline]
+    fn expected_key(&mut self, members: &mut Members<'de>) -> Option<usize> {
+        let field = members.next;
+        let name = members.fields.get(field)?;
+        let rest = self.bytes()[self.at..].strip_prefix(Self::QUOTE)?.strip_prefix(name.as_bytes())?;
+        let rest = rest.strip_prefix(Self::QUOTE)?.strip_prefix(b":")?;
+        if members.seen & (1 << field) != 0 {
+            return None;
+        }
+        members.seen |= 1 << field;
+        members.next = field + 1;
+        self.at = self.text.len() - rest.len();
+        Some(field)
+    }
+
+    #[cold]
+    fn twice(&self, key: &str) -> Refusal {
+        Refusal::not_strict(format_args!("duplicate key `{}`", plain(key)))
+    }
+
+    /// Calls `member` for every member of an object, the reader standing before the value.
+    pub(in crate::directions) fn members(
+        &mut self,
+        mut member: impl FnMut(Cow<'de, str>, &mut Self) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        if self.token() != b'{' {
+            return Err(self.unexpected("an object"));
+        }
+        let mut members = self.open(&[])?;
+        while let Some(key) = self.key(&mut members)? {
+            if let Key::Other(key) = key {
+                member(key, self)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A string, its characters or, where only quotes are escaped in it, as it stands.
+    pub(in crate::directions) fn text(&mut self) -> Result<Text<'de>, Refusal> {
+        if self.token() != b'"' {
+            return Err(self.unexpected("a string"));
+        }
+        let raw = &self.text[self.at + 1..];
+        let simple = if QUOTED { None } else { simply_quoted(raw.as_bytes()) };
+        match simple {
+            Some(length) => {
+                self.at += length + 2;
+                let raw = &raw[..length];
+                Ok(if raw.contains('\\') { Text::Quoted(raw) } else { Text::Plain(Cow::Borrowed(raw)) })
+            }
+            None => Ok(Text::Plain(self.string()?)),
+        }
+    }
+
+    /// A string; the reader stands before its quote.
+    #[inline]
+    pub(super) fn string(&mut self) -> Result<Cow<'de, str>, Refusal> {
+        self.at += Self::QUOTE.len();
+        let (start, bytes) = (self.at, self.bytes());
+        let special = |b: &u8| matches!(b, b'"' | b'\\' | 0..0x20);
+        let Some(length) = bytes[start..].iter().position(special) else {
+            return Err(self.broken("a string without end"));
+        };
+        self.at += length;
+        if QUOTED || bytes[self.at] == b'"' {
+            self.at += Self::QUOTE.len();
+            return Ok(Cow::Borrowed(&self.text[start..start + length]));
+        }
+        self.escaped(self.text[start..start + length].to_owned()).map(Cow::Owned)
+    }
+
+    /// The rest of a string with escapes; `out` is what was before.
+    fn escaped(&mut self, mut out: String) -> Result<String, Refusal> {
+        loop {
+            let rest = &self.text[self.at..];
+            let Some(length) = rest.bytes().position(|b| matches!(b, b'"' | b'\\' | 0..0x20)) else {
+                return Err(self.broken("a string without end"));
+            };
+            out.push_str(&rest[..length]);
+            self.at += length + 1;
+            match rest.as_bytes()[length] {
+                b'"' => return Ok(out),
+                b'\\' => out.push(self.escape()?),
+                _ => return Err(self.broken("a raw control character in a string before")),
+            }
+        }
+    }
+
+    /// One escape; the reader stands behind its backslash.
+    fn escape(&mut self) -> Result<char, Refusal> {
+        let letter = self.bytes().get(self.at).copied().unwrap_or(0);
+        self.at += 1;
+        Ok(match letter {
+            b'"' | b'\\' | b'/' => char::from(letter),
+            b'b' => '\u{8}',
+            b'f' => '\u{c}',
+            b'n' => '\n',
+            b'r' => '\r',
+            b't' => '\t',
+            b'u' => {
+                let first = self.four_digits()?;
+                let units = if (0xd800..0xdc00).contains(&first) && self.eat(b"\\u") {
+                    vec![first, self.four_digits()?]
+                } else {
+                    vec![first]
+                };
+                match String::from_utf16(&units).ok().and_then(|s| s.chars().next()) {
+                    Some(c) => c,
+                    None => return Err(self.broken("half of a pair of surrogates before")),
+                }
+            }
+            _ => return Err(self.broken("an escape that JSON does not have before")),
+        })
+    }
+
+    fn four_digits(&mut self) -> Result<u16, Refusal> {
+        let digits = self.text.get(self.at..self.at + 4);
+        let digits = digits.filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
+        let Some(unit) = digits.and_then(|d| u16::from_str_radix(d, 16).ok()) else {
+            return Err(self.broken("expected four hexadecimal digits"));
+        };
+        self.at += 4;
+        Ok(unit)
+    }
+
+    /// A number; the reader stands before its sign or first digit.
+    #[inline]
+    pub(super) fn number(&mut self) -> Result<Number, Refusal> {
+        let start = self.at;
+        let negative = self.eat(b"-");
+        let (mut digits, mut scale, mut mantissa) = (self.at, 0, 0);
+        mantissa = self.digits(mantissa)?;
+        let whole = &self.bytes()[digits..self.at];
+        if whole.len() > 1 && whole[0] == b'0' {
+            return Err(self.broken("a number with a leading zero before"));
+        }
+        // Digits of the mantissa: the point is none, nor is a zero before it.
+        digits = whole.len();
+        let mut float = false;
+        if self.eat(b".") {
+            let point = self.at;
+            mantissa = self.digits(mantissa)?;
+            scale = (self.at - point) as i64;
+            digits += self.at - point;
+            float = true;
+        }
+        if let Some(b'e' | b'E') = self.bytes().get(self.at) {
+            self.at += 1;
+            let down = self.eat(b"-");
+            let _ = down || self.eat(b"+");
+            let exponent = self.at;
+            let power = self.digits(0)? as i64;
+            // An exponent of more digits is for the exact way, which knows what to make of it.
+            digits = if self.at - exponent > 9 { usize::MAX } else { digits };
+            scale = if down { scale.saturating_add(power) } else { scale.saturating_sub(power) };
+            float = true;
+        }
+        if !float && digits <= DIGITS && !(negative && mantissa == 0) {
+            return match (negative, 0i64.checked_sub_unsigned(mantissa)) {
+                (false, _) => Ok(Number::Unsigned(mantissa)),
+                (true, Some(value)) => Ok(Number::Signed(value)),
+                (true, None) => self.exact(start, float),
+            };
+        }
+        // Both numbers are exact, so the one rounding of the division or product is the right one.
+        if digits <= DIGITS && mantissa <= 1 << 53 && scale.unsigned_abs() < TENS.len() as u64 {
+            let (value, power) = (mantissa as f64, TENS[scale.unsigned_abs() as usize]);
+            let value = if scale < 0 { value * power } else { value / power };
+            return Ok(Number::Float(if negative { -value } else { value }));
+        }
+        self.exact(start, float)
+    }
+
+    /// The number that began at `start`, read by the standard library.
+    fn exact(&self, start: usize, float: bool) -> Result<Number, Refusal> {
+        let text = &self.text[start..self.at];
+        if let (false, Ok(value)) = (float, text.parse()) {
+            return Ok(Number::Unsigned(value));
+        }
+        match text.parse::<f64>() {
+            Ok(value) if value.is_finite() => Ok(Number::Float(value)),
+            _ => Err(self.broken("number out of range before")),
+        }
+    }
+
+    /// Digits, at least one, appended to `value`, which wraps where they are too many.
+    #[inline]
+    fn digits(&mut self, mut value: u64) -> Result<u64, Refusal> {
+        let rest = &self.bytes()[self.at..];
+        let mut count = 0;
+        while let Some(eight) = rest[count..].first_chunk().and_then(eight_digits) {
+            value = value.wrapping_mul(100_000_000).wrapping_add(eight);
+            count += 8;
+        }
+        for digit in rest[count..].iter().map(|byte| byte.wrapping_sub(b'0')).take_while(|digit| *digit < 10)
+        {
+            value = value.wrapping_mul(10).wrapping_add(u64::from(digit));
+            count += 1;
+        }
+        self.at += count;
+        if count == 0 { Err(self.broken("expected a digit")) } else { Ok(value) }
+    }
+}
+
+/// Eight digits as a number, two and two together in one register; `None` where a byte is no digit.
+#[inline]
+fn eight_digits(bytes: &[u8; 8]) -> Option<u64> {
+    let text = u64::from_le_bytes(*bytes);
+    const HIGH: u64 = 0xf0f0_f0f0_f0f0_f0f0;
+    // A digit is 0x30 to 0x39: its upper half is 3, with 6 added too.
+    let upper = (text & HIGH) | ((text.wrapping_add(0x0606_0606_0606_0606) & HIGH) >> 4);
+    if upper != 0x3333_3333_3333_3333 {
+        return None;
+    }
+    let ones = text & !HIGH;
+    let pairs = (ones.wrapping_mul(10 << 8 | 1) >> 8) & 0x00ff_00ff_00ff_00ff;
+    let fours = (pairs.wrapping_mul(100 << 16 | 1) >> 16) & 0x0000_ffff_0000_ffff;
+    Some(fours.wrapping_mul(10_000 << 32 | 1) >> 32)
+}
+
+/// Length of the string that begins here, behind its quote, where every backslash in it stands before a quote and
+/// nothing in it is a control character; `None` for any other.
+fn simply_quoted(bytes: &[u8]) -> Option<usize> {
+    /// Bytes that are looked at together: without an end inside, the compiler takes a register at a time.
+    const BLOCK: usize = 256;
+    let stops = |before: u8, byte: u8| (byte == b'"') != (before == b'\\') || byte < 0x20;
+    let stops_first = |byte: u8| stops(0, byte);
+    if stops_first(*bytes.first()?) {
+        return (bytes[0] == b'"').then_some(0);
+    }
+    let pairs = bytes.windows(2);
+    let calm = bytes
+        .chunks_exact(BLOCK)
+        .zip(bytes[1..].chunks_exact(BLOCK))
+        .take_while(|(before, here)| {
+            !before.iter().zip(*here).fold(false, |seen, (before, byte)| seen | stops(*before, *byte))
+        })
+        .count();
+    let at = calm * BLOCK + pairs.skip(calm * BLOCK).position(|pair| stops(pair[0], pair[1]))?;
+    (bytes[at] != b'\\' && bytes[at + 1] == b'"').then_some(at + 1)
+}
