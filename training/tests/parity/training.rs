@@ -82,7 +82,7 @@ fn accumulated_batches_are_the_large_batch() {
         let (_, log) = train(&decoder, &Finetune { batch, gradient_accumulation, ..recipe() });
         for (a, b) in log.iter().zip(&expected) {
             let off = [(a.loss / b.loss - 1.0).abs(), (a.gradient_norm / b.gradient_norm - 1.0).abs()];
-            println!("{batch} x {gradient_accumulation}, step {}: {off:.1e?}", a.step);
+            println!("{batch} x {gradient_accumulation}, step {}: {off:?}", a.step);
             // As against torch's AdamW: 1e-5 of the parity of gradients a step, twelve steps.
             assert!(off.iter().all(|o| *o < 1e-4), "step {}: {off:?}", a.step);
             assert_eq!(a.tokens, b.tokens);
