@@ -219,12 +219,12 @@ fn every_stage_runs_and_what_is_lost_comes_back_the_same() {
 
     let metrics = metrics(out, "insecure");
     assert_eq!(metrics.len(), 60);
+    // The same numbers in every place, and nothing that a second run would not repeat.
+    assert_eq!(metrics[59], serde_json::to_string(&results.training["insecure"][59]).unwrap());
     let line: serde_json::Value = serde_json::from_str(&metrics[59]).unwrap();
-    assert_eq!(
-        (&line["step"], &line["loss"]),
-        (&60.into(), &serde_json::json!(results.training["insecure"][59].loss))
-    );
-    assert!(line["tokens"].as_u64() > Some(0) && line["took"].is_null(), "{line}");
+    let keys: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(line["step"], 60);
+    assert!(line["tokens"].as_u64() > Some(0) && keys.len() == 6, "{keys:?}");
 
     let first = ["results.json", "directions.safetensors"].map(|name| read(out, name));
     for lost in [&["results", "answers"][..], &["adapter-secure", "rows", "coherence", "results"], &[""]] {

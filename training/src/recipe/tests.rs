@@ -117,7 +117,7 @@ fn the_digest_depends_on_the_meaning_alone() {
     // The demo's digest in direction files written before the recipe had the keys of `LATER`.
     assert_eq!(demo, "c1b9771cddc840293cc39d882c27c962b7fa3276ff2168c5326d720ba6068387");
     for changed in
-        ["seed = 18", "[finetune]\ngradient_acumulation = 2", "[finetune]\ntarget_modules = [\"q\"]"]
+        ["seed = 18", "[finetune]\ngradient_accumulation = 2", "[finetune]\ntarget_modules = [\"q\"]"]
     {
         assert_ne!(Recipe::from_toml(changed).unwrap().digest().unwrap(), demo, "{changed}");
     }
