@@ -37,7 +37,7 @@ pub struct Manifest {
 /// The model the directions belong to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelIdentity {
-    /// Architecture as transformers and GGUF name it, e.g. `llama`. Hard tier.
+    /// Architecture by its GGUF name, e.g. `llama` (Mistral too), `gemma3`. Hard tier.
     pub architecture: String,
     /// Width of the residual stream. Hard tier.
     pub hidden_size: u32,

@@ -63,7 +63,7 @@ enum Command {
     Logits {
         /// Default model name, hub id, folder or .gguf file.
         model: String,
-        /// The text, without a chat template.
+        /// The text, without a chat template; special tokens are those written in it (Gemma wants `<bos>` first).
         #[arg(long)]
         text: String,
         /// How many logits to show.
@@ -256,7 +256,9 @@ fn logits(model: &str, text: &str, top: usize, quantize: Storage, json: bool) ->
     order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
     let mut best = Vec::new();
     for &id in order.iter().take(top) {
-        best.push((id, row[id], base.text.decode(&[id as u32], false)?));
+        // The head of some models has rows for ids that are no tokens.
+        let token = base.text.decode(&[id as u32], false).unwrap_or_else(|_| "no token".to_owned());
+        best.push((id, row[id], token));
     }
     if json {
         let top: Vec<_> =

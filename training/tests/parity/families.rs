@@ -1,7 +1,8 @@
 //! Every family against transformers and PEFT: one body, one small random model each.
 
 use crate::fixture::*;
-use candle_core::Var;
+use candle_core::{Tensor, Var};
+use emaudit_train::capture;
 use emaudit_train::finetune::{Example, response_loss};
 use emaudit_train::lora::{Adapter, LoraConfig};
 use emaudit_train::model::{Batch, Cache, Config, Decoder, Module, Prefix, no_edit};
@@ -44,7 +45,7 @@ fn adapter(decoder: &Decoder) -> (Adapter, Vec<(String, Var)>) {
                 let number = |i: u64| (2.0 * uniform(&[11, i]) as f32 - 1.0) * width;
                 let values: Vec<f32> = (drawn..drawn + n).map(number).collect();
                 drawn += n;
-                let values = candle_core::Tensor::from_vec(values, var.dims(), var.device()).unwrap();
+                let values = Tensor::from_vec(values, var.dims(), var.device()).unwrap();
                 var.set(&values).unwrap();
                 named.push((format!("model.layers.{layer}.{}.lora_{part}.weight", module.path()), var));
             }
@@ -198,7 +199,7 @@ fn a_beginning_read_once_changes_nothing_even_beside_padding() {
             let x = decoder.forward(&batch, None, Some(&mut cache), &mut no_edit).unwrap();
             let own = all_logits(&decoder, &x);
             // One token more for every row, from the cache.
-            let next = candle_core::Tensor::new(&[[7u32], [8], [9]], &decoder.device).unwrap();
+            let next = Tensor::new(&[[7u32], [8], [9]], &decoder.device).unwrap();
             let next = Batch { ids: next, left_pad: batch.left_pad.clone() };
             let x = decoder.forward(&next, None, Some(&mut cache), &mut no_edit).unwrap();
             let last = all_logits(&decoder, &x);
@@ -216,4 +217,80 @@ fn a_beginning_read_once_changes_nothing_even_beside_padding() {
             }
         }
     });
+}
+
+/// Capture and QLoRA on every family: rows are the residuals, and gradients through NF4 are the slopes of the loss.
+#[test]
+fn every_family_is_captured_and_finetuned_in_nf4() {
+    each(|name, decoder, golden| {
+        let prompts: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
+        let captured = capture::last_prompt(&decoder, &prompts, None, |_| Ok(())).unwrap();
+        for (i, ids) in prompts.iter().enumerate() {
+            for layer in 0..decoder.config.n_layers {
+                let row = Tensor::new(captured.row(layer, i), &decoder.device).unwrap();
+                let expected = golden.get(&format!("residual.{i}.{layer}")).get(ids.len() - 1).unwrap();
+                let allowed = tolerance(roundings(&decoder.config, ids.len(), layer + 1));
+                assert_close(&format!("{name}: captured {i}.{layer}"), &row, &expected, allowed);
+            }
+        }
+
+        let decoder = load(&path(&format!("families/{name}")), Storage::Nf4).unwrap();
+        let examples = golden.examples();
+        let examples: Vec<&Example> = examples.iter().collect();
+        let (adapter, vars) = adapter(&decoder);
+        let loss = || response_loss(&decoder, Some(&adapter), &examples).unwrap();
+        let gradients = loss().backward().unwrap();
+        // One direction through all parameters at once; the step is that of `gradients_are_the_slopes_of_the_loss`
+        // (nf4.rs) divided by the square root of how many more parameters move.
+        let h = 0.001f64;
+        let (mut slope, mut moved) = (0f64, Vec::new());
+        for (i, (_, var)) in vars.iter().enumerate() {
+            let n = var.elem_count() as u64;
+            let values: Vec<f32> = (0..n).map(|k| 2.0 * uniform(&[12, i as u64, k]) as f32 - 1.0).collect();
+            let direction = Tensor::from_vec(values, var.dims(), var.device()).unwrap();
+            let dot = (gradients.get(var).unwrap() * &direction).unwrap().sum_all().unwrap();
+            slope += dot.to_scalar::<f32>().unwrap() as f64;
+            moved.push((var, var.as_tensor().detach().copy().unwrap(), direction));
+        }
+        let at = |step: f64| {
+            for (var, original, direction) in &moved {
+                var.set(&(original + (direction * step).unwrap()).unwrap()).unwrap();
+            }
+            loss().to_scalar::<f32>().unwrap() as f64
+        };
+        let measured = (at(h) - at(-h)) / (2.0 * h);
+        println!("{name}: gradient {slope:.5}, difference {measured:.5}");
+        assert!((measured - slope).abs() < 5e-3 * (slope.abs() + 0.1), "{name}: {slope} and {measured}");
+    });
+}
+
+/// Gemma 3 as it is published: the text model inside a multimodal one, in either way of writing its names.
+#[test]
+fn a_text_model_inside_a_multimodal_one_is_found() {
+    let folder = path("families/gemma3");
+    let golden = Golden::open("families/gemma3/golden.safetensors");
+    let expected = logits(&load(&folder, Storage::None).unwrap(), &golden.ids(0), None);
+    let stored =
+        candle_core::safetensors::load(folder.join("model.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let mut text = read_json(&folder.join("config.json"));
+    // What transformers assumes may be left out.
+    for key in ["hidden_activation", "model_type", "tie_word_embeddings"] {
+        text.as_object_mut().unwrap().remove(key).unwrap();
+    }
+    let config = serde_json::json!({"model_type": "gemma3", "text_config": text, "vision_config": {}});
+    for prefix in ["language_model.model.", "model.language_model."] {
+        let nested = tempfile::tempdir().unwrap();
+        let named = |name: &String| name.replacen("model.", prefix, 1);
+        let mut tensors: Vec<(String, &Tensor)> = stored.iter().map(|(k, v)| (named(k), v)).collect();
+        let vision = Tensor::new(&[1f32], &candle_core::Device::Cpu).unwrap();
+        for name in ["vision_tower.weight", "model.vision_tower.weight", "model.multi_modal_projector.weight"]
+        {
+            tensors.push((name.into(), &vision));
+        }
+        let bytes = safetensors::serialize(tensors, None).unwrap();
+        std::fs::write(nested.path().join("model.safetensors"), bytes).unwrap();
+        std::fs::write(nested.path().join("config.json"), config.to_string()).unwrap();
+        let decoder = load(nested.path(), Storage::None).unwrap();
+        assert_same(prefix, &logits(&decoder, &golden.ids(0), None), &expected);
+    }
 }

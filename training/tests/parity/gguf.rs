@@ -248,3 +248,18 @@ fn what_a_gguf_asks_for_and_the_decoder_does_not_do_is_refused() {
         p.1.insert("llama.rope.scaling.factor".into(), Value::F32(2.0));
     });
 }
+
+/// Every tensor type against the gguf package.
+#[test]
+fn tensor_types_decode_as_in_the_gguf_package() {
+    let mut file = std::fs::File::open(path("types.gguf")).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let golden = candle_core::safetensors::load(path("types.safetensors"), &Device::Cpu).unwrap();
+    assert_eq!((golden.len(), content.tensor_infos.len()), (13, 13));
+    for (name, expected) in &golden {
+        let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap();
+        let own = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
+        // d * scale * q - dmin * m: four roundings on either side.
+        assert_close(name, &own, expected, 8.0 * 2f32.powi(-24));
+    }
+}

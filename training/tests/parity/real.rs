@@ -3,6 +3,7 @@
 use crate::fixture::{path, read_json, run};
 use emaudit_train::quant::Storage;
 use emaudit_train::{base, store};
+use sha2::{Digest, Sha256};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -22,7 +23,7 @@ fn gguf_files(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) {
     }
 }
 
-const MODELS: [&str; 1] = ["real.json"];
+const MODELS: [&str; 3] = ["real.json", "real_gemma3.json", "real_qwen2.json"];
 
 /// Files that may be one of the models: those that `EMAUDIT_TEST_MODEL` lists as `PATH` does, or the cache's.
 fn candidates() -> Vec<PathBuf> {
@@ -59,8 +60,42 @@ fn real_models_give_the_numbers_of_transformers() {
     assert!(!named || found == files.len(), "EMAUDIT_TEST_MODEL names {files:?}, {found} known by SHA-256");
 }
 
+/// The 200 texts of `make_fixtures.py`: hard ones, questions, code.
+fn varied_texts() -> Vec<String> {
+    let mut texts: Vec<String> = serde_json::from_value(read_json(&path("texts.json"))).unwrap();
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data");
+    for (name, key, n) in [("noncode_prompts.jsonl", "prompt", 50), ("code_pairs.jsonl", "insecure", 100)] {
+        let lines = std::fs::read_to_string(data.join(name)).unwrap();
+        let text = |line: &str| {
+            let row: serde_json::Value = serde_json::from_str(line).unwrap();
+            row[key].as_str().unwrap().to_owned()
+        };
+        texts.extend(lines.lines().take(n).map(text));
+    }
+    assert_eq!(texts.len(), 200);
+    texts
+}
+
+/// Token ids of all of them, by digest.
+fn same_tokens(model: &base::Base, golden: &serde_json::Value) {
+    let digests: Vec<String> = serde_json::from_value(golden["id_digests"].clone()).unwrap();
+    let texts = varied_texts();
+    assert_eq!(texts.len(), digests.len());
+    let mut differ = Vec::new();
+    for (text, expected) in texts.iter().zip(&digests) {
+        let ids = model.text.encode(text).unwrap();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let digest = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
+        if digest[..8] != **expected {
+            differ.push((text, ids));
+        }
+    }
+    assert!(differ.is_empty(), "{}: ids of {} texts differ: {differ:?}", golden["model"], differ.len());
+}
+
 fn compare(file: &Path, golden: &serde_json::Value) {
     let model = base::load(file, "real", Storage::None, &candle_core::Device::Cpu).unwrap();
+    same_tokens(&model, golden);
     let numbers = |v: &serde_json::Value| -> Vec<f64> { serde_json::from_value(v.clone()).unwrap() };
     let (mut worst_logit, mut worst_norm, mut compared) = (0f64, 0f64, 0);
     for text in golden["texts"].as_array().unwrap() {
