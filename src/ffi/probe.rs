@@ -201,6 +201,8 @@ pub unsafe extern "C" fn emaudit_probe_score(
     let body = || {
         let probe = &unsafe { borrow(probe, "probe")? }.probe;
         let unit = ScoreUnit::try_from(unit)?;
+        // Here, too, since the row statuses are filled before `score` could refuse.
+        probe.check_unit(unit)?;
         let tensor = unsafe { tensor::check(rows, probe.width())? };
         check_array(scores.cast_const(), tensor.rows, "scores")?;
         let score_region = Region::new("scores", scores.cast_const(), tensor.rows);

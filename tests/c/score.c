@@ -153,11 +153,13 @@ void test_score_refusals(void) {
 void test_uncalibrated(void) {
   emaudit_probe *probe = probe_fixture("uncalibrated.safetensors");
   emaudit_probe *calibrated = probe_fixture("good.safetensors");
-  float data[2 * WIDTH], scores[2] = {7.0f, 7.0f}, expected[2];
+  float data[2 * WIDTH], before[2 * WIDTH], scores[2] = {7.0f, 7.0f}, expected[2];
+  uint8_t status[2] = {77, 77};
   fill_rows(data, 2, WIDTH, WIDTH);
+  memcpy(before, data, sizeof data);
   const emaudit_tensor rows = f32_rows(data, 2);
-  EXPECT(NOT_CALIBRATED, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL, &error));
-  CHECK(scores[0] == 7.0f && scores[1] == 7.0f);
+  EXPECT(NOT_CALIBRATED, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, status, &error));
+  CHECK(scores[0] == 7.0f && scores[1] == 7.0f && status[0] == 77 && status[1] == 77);
   EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, scores, NULL, &error));
   EXPECT(OK, emaudit_probe_score(calibrated, &rows, EMAUDIT_UNIT_RAW, expected, NULL, &error));
   CHECK(memcmp(scores, expected, sizeof scores) == 0);
@@ -170,6 +172,12 @@ void test_uncalibrated(void) {
   options.operation = EMAUDIT_OPERATION_SUBTRACT;
   options.alpha = 1.0f;
   EXPECT(OK, emaudit_steering_new(probe, &options, &steering, &error));
+  scores[0] = scores[1] = 7.0f;
+  EXPECT(NOT_CALIBRATED, emaudit_steering_score_and_apply(steering, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL,
+                                                          status, NULL, &error));
+  CHECK(scores[0] == 7.0f && status[0] == 77 && memcmp(data, before, sizeof data) == 0);
+  EXPECT(OK, emaudit_steering_score_and_apply(steering, &rows, EMAUDIT_UNIT_RAW, scores, NULL, status, NULL, &error));
+  CHECK(memcmp(scores, expected, sizeof scores) == 0 && memcmp(data, before, sizeof data) != 0);
   emaudit_monitor_options watch = EMAUDIT_MONITOR_OPTIONS_INIT;
   watch.aggregation = EMAUDIT_AGGREGATION_MEAN;
   watch.rate = 0.01;
