@@ -220,6 +220,8 @@ void test_score_all_refusals(void) {
   emaudit_probe *portable = probe_with(directions, LAYER, EMAUDIT_KERNEL_PORTABLE);
   emaudit_probe *uncalibrated = probe_fixture("uncalibrated.safetensors");
   const emaudit_probe *good[2] = {scalar, other}, *null[2] = {scalar, NULL}, *mixed[2] = {scalar, portable};
+  emaudit_probe *narrow = probe_fixture("narrow.safetensors");
+  const emaudit_probe *widths[2] = {scalar, narrow};
   const emaudit_probe *raw_only[2] = {uncalibrated, uncalibrated};
   const emaudit_probe *misaligned[2] = {scalar, (const emaudit_probe *)(const void *)((const char *)other + 1)};
   float data[2 * WIDTH], before[2 * WIDTH], scores[4] = {7.0f, 7.0f, 7.0f, 7.0f};
@@ -238,6 +240,7 @@ void test_score_all_refusals(void) {
   ALL(INVALID_ARGUMENT, misaligned, 2, &rows, RAW, scores, status);
   ALL(INVALID_ARGUMENT, mixed, 2, &rows, RAW, scores, status);
   ALL(NOT_CALIBRATED, raw_only, 2, &rows, ALIGNED_SD, scores, status);
+  ALL(WIDTH_MISMATCH, widths, 2, &rows, RAW, scores, status);
   ALL(INVALID_ARGUMENT, good, 2, NULL, RAW, scores, status);
   ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, NULL, status);
   EXPECT(INVALID_ARGUMENT, emaudit_probe_score_all(good, 2, &rows, 3, scores, status, &error));
@@ -265,6 +268,7 @@ void test_score_all_refusals(void) {
   ALL(OK, raw_only, 2, &rows, RAW, scores, status);
   wrong = f32_rows(NULL, 0); /* no rows: the arrays for them are ignored */
   ALL(OK, good, 2, &wrong, RAW, NULL, NULL);
+  emaudit_probe_free(narrow);
   emaudit_probe_free(uncalibrated);
   emaudit_probe_free(portable);
   emaudit_probe_free(other);
