@@ -1371,6 +1371,34 @@ emaudit_status emaudit_probe_score(const struct emaudit_probe *probe,
                                    struct emaudit_error **error);
 
 /**
+ * Scores rows with several probes in one reading of the rows, with the same bits as `emaudit_probe_score` of each.
+ *
+ * `probes` holds `probe_count` handles, at least one, of one width and one kernel; a handle may stand there twice.
+ * `scores` receives `rows->rows` times `probe_count` float32 in `unit`, row by row: that of row i with `probes[k]` at
+ * `i * probe_count + k`. `row_status`, unless NULL, receives `rows->rows` `EMAUDIT_ROW_*` bytes. No array that is written
+ * may overlap another. With 0 rows nothing is written.
+ *
+ * When a row holds a NaN or an infinity its scores are NaN and its status `EMAUDIT_ROW_NON_FINITE`; all other rows are
+ * scored, and the call returns NON_FINITE. (A score beyond float32 is a NaN of its own and flags the row, too.) On every
+ * other failure nothing is written.
+ *
+ * Errors: INVALID_ARGUMENT (also for probes with different kernels), WIDTH_MISMATCH, NOT_CALIBRATED, NON_FINITE.
+ * Threads: any. On success it neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `probes` is valid for reading `probe_count` live handles; `rows` is valid for the bytes its `struct_size` states and
+ * describes readable memory; `scores` is valid for writing `rows->rows` times `probe_count` elements and a non-NULL
+ * `row_status` for `rows->rows`; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_probe_score_all(const struct emaudit_probe *const *probes,
+                                       size_t probe_count,
+                                       const struct emaudit_tensor *rows,
+                                       uint32_t unit,
+                                       float *scores,
+                                       uint8_t *row_status,
+                                       struct emaudit_error **error);
+
+/**
  * The documented bound on the rounding error of one score in activation units (`EMAUDIT_UNIT_RAW`), for a
  * row of any dtype with Euclidean norm `row_norm`: |computed - exact| <= `*bound`. For
  * `EMAUDIT_UNIT_ALIGNED_SD` divide it by the layer's sigma and add one more float32 rounding of the score.

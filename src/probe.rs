@@ -195,40 +195,56 @@ impl Probe {
     }
 
     /// Scores every row with several probes in one reading of the rows: `scores[i * probes.len() + k]` for row `i` and
-    /// `probes[k]`, with the same bits as [`Probe::score`] of each probe alone.
+    /// `probes[k]`, with the same bits as [`Probe::score`] of each probe alone. The probes may be borrowed or shared
+    /// (`&[&Probe]`, `&[Arc<Probe>]`), and one may stand there twice.
     ///
     /// `rows` is `n x width`; `scores` has `n * probes.len()` elements, `status` has `n`. A row is
     /// [`RowStatus::NonFinite`] where any of its scores is not finite; that score is a NaN.
     ///
-    /// Errors: [`Error::WidthMismatch`] and [`Error::InvalidArgument`] (lengths; no probe; probes with different kernels) before
-    /// anything is written; [`Error::NonFinite`] after all rows.
-    pub fn score_all(
-        probes: &[Probe],
+    /// Errors: [`Error::WidthMismatch`], [`Error::NotCalibrated`] and [`Error::InvalidArgument`] (lengths; no probe; probes with
+    /// different kernels) before anything is written; [`Error::NonFinite`] after all rows.
+    pub fn score_all<P: AsRef<Probe>>(
+        probes: &[P],
         rows: &Rows<'_>,
         unit: ScoreUnit,
         scores: &mut [f32],
         mut status: Option<&mut [RowStatus]>,
     ) -> Result<()> {
-        if probes.is_empty() {
-            return Err(Error::InvalidArgument("there is no probe to score with".into()));
+        Probe::check_together(probes, rows.cols(), unit)?;
+        if rows.rows().checked_mul(probes.len()) != Some(scores.len()) {
+            let (scores, rows, probes) = (scores.len(), rows.rows(), probes.len());
+            let text = format!("{scores} scores for {rows} rows and {probes} probes");
+            return Err(Error::InvalidArgument(text));
         }
-        check_length("scores", scores.len(), rows.rows().saturating_mul(probes.len()))?;
         if let Some(status) = &status {
             check_length("row statuses", status.len(), rows.rows())?;
         }
-        for probe in probes {
-            probe.check_width(rows.cols())?;
-            probe.check_unit(unit)?;
-            if probe.kernel() != probes[0].kernel() {
-                return Err(Error::InvalidArgument("the probes are bound to different kernels".into()));
-            }
-        }
         let nonfinite = match rows.dtype() {
-            Dtype::F32 => score_all_as::<f32>(probes, rows, unit, scores, &mut status),
-            Dtype::F16 => score_all_as::<f16>(probes, rows, unit, scores, &mut status),
-            Dtype::Bf16 => score_all_as::<bf16>(probes, rows, unit, scores, &mut status),
+            Dtype::F32 => score_all_as::<f32, P>(probes, rows, unit, scores, &mut status),
+            Dtype::F16 => score_all_as::<f16, P>(probes, rows, unit, scores, &mut status),
+            Dtype::Bf16 => score_all_as::<bf16, P>(probes, rows, unit, scores, &mut status),
         };
         if nonfinite > 0 { Err(Error::NonFinite { rows: nonfinite }) } else { Ok(()) }
+    }
+
+    /// Refuses probes that cannot score rows of `cols` elements together.
+    pub(crate) fn check_together<P: AsRef<Probe>>(probes: &[P], cols: usize, unit: ScoreUnit) -> Result<()> {
+        let Some(first) = probes.first().map(AsRef::as_ref) else {
+            return Err(Error::InvalidArgument("there is no probe to score with".into()));
+        };
+        for (k, probe) in probes.iter().map(AsRef::as_ref).enumerate() {
+            probe.check_width(cols)?;
+            probe.check_unit(unit)?;
+            if probe.kernel() != first.kernel() {
+                let (one, other) = (first.kernel(), probe.kernel());
+                let text = format!(
+                    "the probes are bound to different kernels: probe 0 to {one}, probe {k} to {other}; make all \
+                     of them with one"
+                );
+                return Err(Error::InvalidArgument(text));
+            }
+        }
+        Ok(())
     }
 
     /// Both scores from the dot product with the unit direction; `None` when one is not finite.
@@ -327,17 +343,24 @@ impl Probe {
     }
 }
 
+/// So that [`Probe::score_all`] takes probes, references to them and shared ones alike.
+impl AsRef<Probe> for Probe {
+    fn as_ref(&self) -> &Probe {
+        self
+    }
+}
+
 /// Directions that are scored together, and the scores of as many rows as the kernel takes together.
 const TOGETHER: usize = 8;
 
-fn score_all_as<T: Scored>(
-    probes: &[Probe],
+fn score_all_as<T: Scored, P: AsRef<Probe>>(
+    probes: &[P],
     rows: &Rows<'_>,
     unit: ScoreUnit,
     scores: &mut [f32],
     status: &mut Option<&mut [RowStatus]>,
 ) -> usize {
-    let kernel = probes[0].inner.kernel;
+    let kernel = probes[0].as_ref().inner.kernel;
     let (count, mut nonfinite) = (rows.rows(), 0);
     let row = |i: usize| if i < count { rows.row::<T>(i) } else { &[] };
     for first in (0..count).step_by(Kernel::ROWS) {
@@ -347,7 +370,7 @@ fn score_all_as<T: Scored>(
         let mut finite = [true; Kernel::ROWS];
         for (group, together) in probes.chunks(TOGETHER).enumerate() {
             let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
-            directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.inner.unit);
+            directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
             let mut dots = [0.0; Kernel::ROWS * TOGETHER];
             let dots = &mut dots[..present * together.len()];
             let next = if group == 0 { &next[..] } else { &[] };
@@ -355,7 +378,7 @@ fn score_all_as<T: Scored>(
             for (r, dots) in dots.chunks_exact(together.len()).enumerate() {
                 let scores = &mut scores[(first + r) * probes.len() + group * TOGETHER..];
                 for ((probe, dot), score) in together.iter().zip(dots).zip(scores) {
-                    let projection = probe.projection(*dot);
+                    let projection = probe.as_ref().projection(*dot);
                     *score = projection.map_or(f32::NAN, |p| p.score(unit));
                     finite[r] &= projection.is_some();
                 }

@@ -194,7 +194,7 @@ impl Steering {
     /// Scores every row and then edits it, in one pass: the same bits as [`Probe::score`] followed by
     /// [`Steering::apply`]. `scores` has one element per row and holds the scores **before** the edit.
     ///
-    /// Errors: as [`Steering::apply`].
+    /// Errors: as [`Steering::apply`], and [`Error::NotCalibrated`] for calibrated scores.
     pub fn score_and_apply(
         &self,
         rows: &mut RowsMut<'_>,
@@ -203,7 +203,6 @@ impl Steering {
         strengths: Option<&[f32]>,
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
-        self.probe.check_unit(unit)?;
         check_length("scores", scores.len(), rows.rows())?;
         self.run(rows, Some((unit, scores)), strengths, status)?.into_result()
     }
@@ -226,7 +225,7 @@ impl Steering {
         strengths: Option<&[f32]>,
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
-        self.check(&rows.as_rows(), strengths, status.as_deref())?;
+        self.check(&rows.as_rows(), scores.as_ref().map(|(unit, _)| *unit), strengths, status.as_deref())?;
         if scores.is_none() && self.blind {
             return Ok(match rows.dtype() {
                 Dtype::F32 => self.run_blind::<f32>(rows, strengths, status),
@@ -245,10 +244,12 @@ impl Steering {
     pub(crate) fn check(
         &self,
         rows: &Rows<'_>,
+        unit: Option<ScoreUnit>,
         strengths: Option<&[f32]>,
         status: Option<&[RowStatus]>,
     ) -> Result<()> {
         self.probe.check_width(rows.cols())?;
+        unit.map_or(Ok(()), |unit| self.probe.check_unit(unit))?;
         if let Some(status) = status {
             check_length("row statuses", status.len(), rows.rows())?;
         }

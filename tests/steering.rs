@@ -131,6 +131,10 @@ fn several_probes_score_as_each_does_alone() {
             let view = Rows::new(&data, rows, WIDTH, STRIDE).unwrap();
             let (mut found, mut status) = (vec![0.0; rows * count], vec![RowStatus::Gated; rows]);
             let result = Probe::score_all(&probes, &view, ScoreUnit::Raw, &mut found, Some(&mut status));
+            let (mut shared, references) = (found.clone(), probes.iter().collect::<Vec<_>>());
+            shared.fill(0.0);
+            let _ = Probe::score_all(&references, &view, ScoreUnit::Raw, &mut shared, None);
+            assert_eq!(bits(&shared), bits(&found));
             let expected = if rows > 4 { Err(1) } else { Ok(()) };
             assert_eq!(result.map_err(|e| matches!(e, Error::NonFinite { rows: 1 }) as u32), expected);
             for (k, probe) in probes.iter().enumerate() {
@@ -159,7 +163,8 @@ fn several_probes_are_refused_before_anything_is_written() {
         error.to_string()
     };
     assert!(refused(&[], 0, ROWS).contains("no probe"));
-    assert!(refused(&probes, 2 * ROWS - 1, ROWS).contains("scores"));
+    let odd = format!("{} scores for {ROWS} rows and 2 probes", 2 * ROWS - 1);
+    assert!(refused(&probes, 2 * ROWS - 1, ROWS).contains(&odd));
     assert!(refused(&probes, 2 * ROWS, ROWS - 1).contains("statuses"));
     let mixed = [probe(kinds[0]), probe(kinds[1])];
     assert!(refused(&mixed, 2 * ROWS, ROWS).contains("kernels"));

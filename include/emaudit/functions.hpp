@@ -40,6 +40,7 @@
   X(probe_free)                 \
   X(probe_get_info)             \
   X(probe_score)                \
+  X(probe_score_all)            \
   X(probe_error_bound)          \
   X(steering_new)               \
   X(steering_free)              \

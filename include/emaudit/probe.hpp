@@ -45,6 +45,20 @@ class Probe {
     });
   }
 
+  /// Scores every row with several probes in one reading of the rows, with the bits of each probe alone. `probes` are
+  /// handles that get() gives, of one width and one kernel; `scores` has one element per row and probe, row by row,
+  /// `status` unless empty one per row. Non_finite as for score(). Allocates nothing when it succeeds.
+  static Result<void> score_all(Span<const emaudit_probe *const> probes, const Rows &rows, Span<float> scores,
+                                Unit unit = Unit::aligned_sd, Span<RowStatus> status = {}) {
+    if (std::optional<Error> error = detail::check_arrays(rows, probes.size(), scores, status)) {
+      return std::move(*error);
+    }
+    return detail::run([&](const detail::Functions &f, emaudit_error **e) {
+      return f.probe_score_all(probes.data(), probes.size(), rows.c_tensor(), static_cast<std::uint32_t>(unit),
+                               scores.data(), detail::status_bytes(status), e);
+    });
+  }
+
   /// Bound on the rounding error of a score in activation units, for a row of that Euclidean norm.
   Result<double> error_bound(double row_norm) const {
     double bound = 0.0;

@@ -175,6 +175,21 @@ inline std::optional<Error> check_arrays(const Rows &rows, Span<float> scores, S
   return check_optional_size("row statuses", status.size(), rows.rows());
 }
 
+/// The same where every row has the scores of several probes.
+inline std::optional<Error> check_arrays(const Rows &rows, std::size_t probes, Span<float> scores,
+                                         Span<RowStatus> status) {
+  if (std::optional<Error> error = rows.check()) {
+    return error;
+  }
+  // The product could overflow. No probe at all is for the library to refuse.
+  if (probes != 0 && (scores.size() % probes != 0 || scores.size() / probes != rows.rows())) {
+    return Error(Status::invalid_argument, std::to_string(scores.size()) + " scores for " +
+                                               std::to_string(rows.rows()) + " rows and " +
+                                               std::to_string(probes) + " probes");
+  }
+  return check_optional_size("row statuses", status.size(), rows.rows());
+}
+
 }  // namespace detail
 
 }  // namespace EMAUDIT_LINKAGE

@@ -109,6 +109,24 @@ pub(super) unsafe fn slice<'a, T>(pointer: *const T, len: usize, name: &str) -> 
     Ok(unsafe { std::slice::from_raw_parts(pointer, len) })
 }
 
+/// Borrows every handle of an array; `len == 0` ignores the pointer.
+///
+/// # Safety
+/// Unless `len` is 0, a non-null `pointers` is valid for reading `len` pointers, each of which is null or refers to a
+/// live `T`; nobody changes the array or the `T` during `'a`.
+pub(super) unsafe fn borrow_all<'a, T>(
+    pointers: *const *const T,
+    len: usize,
+    name: &str,
+) -> Result<&'a [&'a T]> {
+    let given = unsafe { slice(pointers, len, name)? };
+    if let Some(bad) = given.iter().position(|one| one.is_null() || !one.is_aligned()) {
+        check_pointer(given[bad], &format!("{name}[{bad}]"))?;
+    }
+    // SAFETY: as above; none is null or misaligned, and a reference is laid out as a pointer.
+    unsafe { slice(pointers.cast::<&T>(), len, name) }
+}
+
 /// Borrows `len` elements for writing; `len == 0` ignores the pointer.
 ///
 /// # Safety

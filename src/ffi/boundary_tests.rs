@@ -101,6 +101,21 @@ fn an_empty_array_ignores_its_pointer() {
 }
 
 #[test]
+fn a_bad_handle_in_an_array_is_named_by_its_place() {
+    let values = [3u32, 5, 7];
+    let mut handles: Vec<*const u32> = values.iter().map(|value| &raw const *value).collect();
+    let all = |handles: &[*const u32]| unsafe { borrow_all(handles.as_ptr(), handles.len(), "many") };
+    let sum = |found: &[&u32]| found.iter().map(|value| **value).sum::<u32>();
+    assert_eq!(sum(all(&handles).unwrap()), 15);
+    handles[1] = std::ptr::null();
+    assert!(all(&handles).unwrap_err().to_string().contains("many[1] is NULL"));
+    handles[1] = std::ptr::without_provenance(6);
+    assert!(all(&handles).unwrap_err().to_string().contains("many[1] is not aligned"));
+    assert!(unsafe { borrow_all::<u32>(std::ptr::null(), 0, "many") }.unwrap().is_empty());
+    assert!(unsafe { borrow_all::<u32>(std::ptr::null(), 1, "many") }.is_err());
+}
+
+#[test]
 fn overlapping_arguments_are_refused() {
     let data = [0f32; 8];
     let (low, high) = (Region::new("low", &data[0], 4), Region::new("high", &data[4], 4));

@@ -1,8 +1,8 @@
 //! Probes: score rows against a direction.
 
 use super::boundary::{
-    OutStruct, Region, Sized32, borrow, check_array, check_disjoint, check_pointer, guard, hand_out_shared,
-    invalid, read_struct_or_default, slice_mut, take_back_shared,
+    OutStruct, Region, Sized32, borrow, borrow_all, check_array, check_disjoint, check_pointer, guard,
+    hand_out_shared, invalid, read_struct_or_default, slice_mut, take_back_shared,
 };
 use super::directions::emaudit_directions;
 use super::error::{emaudit_error, emaudit_status};
@@ -41,6 +41,12 @@ const _: () = assert!(
 pub struct emaudit_probe {
     pub(super) probe: Probe,
     layer: u32,
+}
+
+impl AsRef<Probe> for emaudit_probe {
+    fn as_ref(&self) -> &Probe {
+        &self.probe
+    }
 }
 
 /// How to make a probe. Begin with `EMAUDIT_PROBE_OPTIONS_INIT`; NULL means the same.
@@ -201,6 +207,8 @@ pub unsafe extern "C" fn emaudit_probe_score(
     let body = || {
         let probe = &unsafe { borrow(probe, "probe")? }.probe;
         let unit = ScoreUnit::try_from(unit)?;
+        // Here, too, since the row statuses are filled before `score` could refuse.
+        probe.check_unit(unit)?;
         let tensor = unsafe { tensor::check(rows, probe.width())? };
         check_array(scores.cast_const(), tensor.rows, "scores")?;
         let score_region = Region::new("scores", scores.cast_const(), tensor.rows);
@@ -212,6 +220,62 @@ pub unsafe extern "C" fn emaudit_probe_score(
             let scores = slice_mut(scores, tensor.rows, "scores")?;
             let status = self::row_status(row_status, tensor.rows)?;
             probe.score(&view, unit, scores, status)
+        }
+    };
+    // SAFETY: by the contract above.
+    unsafe { guard(error, body) }
+}
+
+/// Scores rows with several probes in one reading of the rows, with the same bits as `emaudit_probe_score` of each.
+///
+/// `probes` holds `probe_count` handles, at least one, of one width and one kernel; a handle may stand there twice.
+/// `scores` receives `rows->rows` times `probe_count` float32 in `unit`, row by row: that of row i with `probes[k]` at
+/// `i * probe_count + k`. `row_status`, unless NULL, receives `rows->rows` `EMAUDIT_ROW_*` bytes. No array that is written
+/// may overlap another. With 0 rows nothing is written.
+///
+/// When a row holds a NaN or an infinity its scores are NaN and its status `EMAUDIT_ROW_NON_FINITE`; all other rows are
+/// scored, and the call returns NON_FINITE. (A score beyond float32 is a NaN of its own and flags the row, too.) On every
+/// other failure nothing is written.
+///
+/// Errors: INVALID_ARGUMENT (also for probes with different kernels), WIDTH_MISMATCH, NOT_CALIBRATED, NON_FINITE.
+/// Threads: any. On success it neither allocates nor locks nor blocks.
+///
+/// # Safety
+/// `probes` is valid for reading `probe_count` live handles; `rows` is valid for the bytes its `struct_size` states and
+/// describes readable memory; `scores` is valid for writing `rows->rows` times `probe_count` elements and a non-NULL
+/// `row_status` for `rows->rows`; `error` is NULL or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn emaudit_probe_score_all(
+    probes: *const *const emaudit_probe,
+    probe_count: usize,
+    rows: *const emaudit_tensor,
+    unit: u32,
+    scores: *mut f32,
+    row_status: *mut u8,
+    error: *mut *mut emaudit_error,
+) -> emaudit_status {
+    let body = || {
+        let together = unsafe { borrow_all(probes, probe_count, "probes")? };
+        let Some(first) = together.first() else {
+            return Err(invalid("probe_count is 0: there is no probe to score with"));
+        };
+        let unit = ScoreUnit::try_from(unit)?;
+        let tensor = unsafe { tensor::check(rows, first.probe.width())? };
+        // Here, too, since the row statuses are filled before `score_all` could refuse.
+        Probe::check_together(together, first.probe.width(), unit)?;
+        // A product that overflows is an impossible length.
+        let count = tensor.rows.saturating_mul(probe_count);
+        check_array(scores.cast_const(), count, "scores")?;
+        let score_region = Region::new("scores", scores.cast_const(), count);
+        let status_region = Region::new("row_status", row_status.cast_const(), tensor.rows);
+        let probes_region = Region::new("probes", probes, probe_count);
+        check_disjoint(&[score_region, status_region], &[tensor.region, probes_region])?;
+        // SAFETY: checked above and disjoint; valid by the contract.
+        unsafe {
+            let view = tensor.rows()?;
+            let scores = slice_mut(scores, count, "scores")?;
+            let status = self::row_status(row_status, tensor.rows)?;
+            Probe::score_all(together, &view, unit, scores, status)
         }
     };
     // SAFETY: by the contract above.

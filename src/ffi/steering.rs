@@ -204,7 +204,7 @@ unsafe fn steer(
             true => None,
             false => Some(slice(call.strengths, count, "strengths")?),
         };
-        steering.steering.check(&rows.as_rows(), strengths, None)?;
+        steering.steering.check(&rows.as_rows(), scores.map(|(unit, _)| unit), strengths, None)?;
         let status = row_status(call.row_status, count)?;
         let scores = match scores {
             Some((unit, pointer)) => Some((unit, slice_mut(pointer, count, "scores")?)),

@@ -97,7 +97,7 @@ impl Steering {
         strengths: Option<&[f32]>,
         mut deviations: Option<&mut [f32]>,
     ) -> Result<LandingReport> {
-        self.check(before, strengths, None)?;
+        self.check(before, None, strengths, None)?;
         self.probe.check_width(after.cols())?;
         check_length("rows after steering", after.rows(), before.rows())?;
         if let Some(deviations) = &deviations {

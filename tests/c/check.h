@@ -61,6 +61,8 @@ void test_identity(void);
 void test_structs(void);
 void test_score(void);
 void test_score_refusals(void);
+void test_score_all(void);
+void test_score_all_refusals(void);
 void test_uncalibrated(void);
 void test_steer(void);
 void test_steer_refusals(void);

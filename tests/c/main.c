@@ -76,6 +76,8 @@ int main(int argc, char **argv) {
   test_structs();
   test_score();
   test_score_refusals();
+  test_score_all();
+  test_score_all_refusals();
   test_uncalibrated();
   test_steer();
   test_steer_refusals();

@@ -149,15 +149,144 @@ void test_score_refusals(void) {
   emaudit_probe_free(probe);
 }
 
+static emaudit_probe *probe_with(const emaudit_directions *directions, uint32_t layer, uint32_t kernel) {
+  emaudit_probe_options options = EMAUDIT_PROBE_OPTIONS_INIT;
+  options.kernel = kernel;
+  emaudit_probe *probe = NULL;
+  EXPECT(OK, emaudit_probe_new(directions, layer, &options, &probe, &error));
+  return probe;
+}
+
+enum { TOGETHER = 11 }; /* more than the library takes at once, and not a multiple of it */
+
+/* Several probes at once give the bits of each alone: good rows, then two that are not finite. */
+static void score_all_with(const emaudit_directions *directions, uint32_t kernel) {
+  emaudit_probe *first = probe_with(directions, LAYER, kernel);
+  emaudit_probe *other = probe_with(directions, OTHER_LAYER, kernel);
+  const emaudit_probe *probes[TOGETHER];
+  for (size_t k = 0; k < TOGETHER; ++k) {
+    probes[k] = k % 3 == 1 ? other : first;
+  }
+  float data[ROWS * STRIDE], together[ROWS * TOGETHER], alone[ROWS];
+  uint8_t status[ROWS];
+  fill_rows(data, ROWS, WIDTH, STRIDE);
+  emaudit_tensor rows = f32_rows(data, ROWS);
+  rows.row_stride = STRIDE;
+  const uint32_t unit = EMAUDIT_UNIT_ALIGNED_SD;
+  for (int broken = 0; broken < 2; ++broken) {
+    memset(status, 0xff, sizeof status);
+    if (broken) {
+      data[1 * STRIDE + WIDTH - 1] = NAN;
+      data[3 * STRIDE] = -INFINITY;
+      EXPECT(NON_FINITE, emaudit_probe_score_all(probes, TOGETHER, &rows, unit, together, status, &error));
+    } else {
+      EXPECT(OK, emaudit_probe_score_all(probes, TOGETHER, &rows, unit, together, status, &error));
+    }
+    for (size_t k = 0; k < TOGETHER; ++k) {
+      if (broken) {
+        EXPECT(NON_FINITE, emaudit_probe_score(probes[k], &rows, unit, alone, NULL, &error));
+      } else {
+        EXPECT(OK, emaudit_probe_score(probes[k], &rows, unit, alone, NULL, &error));
+      }
+      for (size_t i = 0; i < ROWS; ++i) {
+        const int bad = broken && (i == 1 || i == 3);
+        const float score = together[i * TOGETHER + k];
+        CHECK(status[i] == (bad ? EMAUDIT_ROW_NON_FINITE : EMAUDIT_ROW_OK));
+        CHECK(bad ? isnan(score) : isfinite(score) && memcmp(&score, &alone[i], sizeof score) == 0);
+      }
+    }
+  }
+  emaudit_probe_free(other);
+  emaudit_probe_free(first);
+}
+
+void test_score_all(void) {
+  emaudit_directions *directions = open_fixture("good.safetensors");
+  uint32_t kernels[8];
+  size_t count = 0;
+  EXPECT(OK, emaudit_kernel_list(kernels, 8, &count, &error));
+  CHECK(count >= 2);
+  for (size_t i = 0; i < count; ++i) {
+    score_all_with(directions, kernels[i]);
+  }
+  emaudit_directions_free(directions);
+}
+
+/* Each of these must be refused before anything is written. */
+void test_score_all_refusals(void) {
+  emaudit_directions *directions = open_fixture("good.safetensors");
+  emaudit_probe *scalar = probe_with(directions, LAYER, EMAUDIT_KERNEL_SCALAR);
+  emaudit_probe *other = probe_with(directions, OTHER_LAYER, EMAUDIT_KERNEL_SCALAR);
+  emaudit_probe *portable = probe_with(directions, LAYER, EMAUDIT_KERNEL_PORTABLE);
+  emaudit_probe *uncalibrated = probe_fixture("uncalibrated.safetensors");
+  const emaudit_probe *good[2] = {scalar, other}, *null[2] = {scalar, NULL}, *mixed[2] = {scalar, portable};
+  emaudit_probe *narrow = probe_fixture("narrow.safetensors");
+  const emaudit_probe *widths[2] = {scalar, narrow};
+  const emaudit_probe *raw_only[2] = {uncalibrated, uncalibrated};
+  const emaudit_probe *misaligned[2] = {scalar, (const emaudit_probe *)(const void *)((const char *)other + 1)};
+  float data[2 * WIDTH], before[2 * WIDTH], scores[4] = {7.0f, 7.0f, 7.0f, 7.0f};
+  uint8_t status[2] = {77, 77};
+  fill_rows(data, 2, WIDTH, WIDTH);
+  memcpy(before, data, sizeof data);
+  const emaudit_tensor rows = f32_rows(data, 2);
+  emaudit_tensor wrong = rows;
+#define ALL(wanted, probes, count, tensor, unit, out, statuses) \
+  EXPECT(wanted, emaudit_probe_score_all(probes, count, tensor, EMAUDIT_UNIT_##unit, out, statuses, &error))
+  ALL(INVALID_ARGUMENT, good, 0, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, NULL, 0, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, NULL, 2, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, good, SIZE_MAX, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, null, 2, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, misaligned, 2, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, mixed, 2, &rows, RAW, scores, status);
+  ALL(NOT_CALIBRATED, raw_only, 2, &rows, ALIGNED_SD, scores, status);
+  ALL(WIDTH_MISMATCH, widths, 2, &rows, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, good, 2, NULL, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, NULL, status);
+  EXPECT(INVALID_ARGUMENT, emaudit_probe_score_all(good, 2, &rows, 3, scores, status, &error));
+  wrong.cols = WIDTH - 1;
+  ALL(WIDTH_MISMATCH, good, 2, &wrong, RAW, scores, status);
+  wrong = rows;
+  wrong.rows = SIZE_MAX / 2 + 2; /* times two probes it would wrap to 2 */
+  ALL(INVALID_ARGUMENT, good, 2, &wrong, RAW, scores, status);
+  wrong = rows;
+  wrong.data = NULL;
+  ALL(INVALID_ARGUMENT, good, 2, &wrong, RAW, scores, status);
+  ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, data + 2 * WIDTH - 1, status); /* the first score is the last element */
+  ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, scores, (uint8_t *)data);
+  ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, scores, (uint8_t *)&scores[3]); /* the last score of the second probe */
+  ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, (float *)(void *)good, status);
+  ALL(INVALID_ARGUMENT, good, 2, &rows, RAW, scores, (uint8_t *)&good[1]);
+  CHECK(good[0] == scalar && good[1] == other && memcmp(data, before, sizeof data) == 0);
+  CHECK(status[0] == 77 && status[1] == 77);
+  CHECK(memcmp(scores, (float[]){7.0f, 7.0f, 7.0f, 7.0f}, sizeof scores) == 0);
+
+  emaudit_error *sentence = NULL;
+  CHECK(emaudit_probe_score_all(null, 2, &rows, EMAUDIT_UNIT_RAW, scores, status, &sentence) != EMAUDIT_STATUS_OK);
+  CHECK(strstr(emaudit_error_message(sentence), "probes[1] is NULL") != NULL);
+  emaudit_error_free(sentence);
+  ALL(OK, raw_only, 2, &rows, RAW, scores, status);
+  wrong = f32_rows(NULL, 0); /* no rows: the arrays for them are ignored */
+  ALL(OK, good, 2, &wrong, RAW, NULL, NULL);
+  emaudit_probe_free(narrow);
+  emaudit_probe_free(uncalibrated);
+  emaudit_probe_free(portable);
+  emaudit_probe_free(other);
+  emaudit_probe_free(scalar);
+  emaudit_directions_free(directions);
+}
+
 /* Without calibration there are raw scores, and nothing that needs the spread of aligned ones. */
 void test_uncalibrated(void) {
   emaudit_probe *probe = probe_fixture("uncalibrated.safetensors");
   emaudit_probe *calibrated = probe_fixture("good.safetensors");
-  float data[2 * WIDTH], scores[2] = {7.0f, 7.0f}, expected[2];
+  float data[2 * WIDTH], before[2 * WIDTH], scores[2] = {7.0f, 7.0f}, expected[2];
+  uint8_t status[2] = {77, 77};
   fill_rows(data, 2, WIDTH, WIDTH);
+  memcpy(before, data, sizeof data);
   const emaudit_tensor rows = f32_rows(data, 2);
-  EXPECT(NOT_CALIBRATED, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL, &error));
-  CHECK(scores[0] == 7.0f && scores[1] == 7.0f);
+  EXPECT(NOT_CALIBRATED, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, status, &error));
+  CHECK(scores[0] == 7.0f && scores[1] == 7.0f && status[0] == 77 && status[1] == 77);
   EXPECT(OK, emaudit_probe_score(probe, &rows, EMAUDIT_UNIT_RAW, scores, NULL, &error));
   EXPECT(OK, emaudit_probe_score(calibrated, &rows, EMAUDIT_UNIT_RAW, expected, NULL, &error));
   CHECK(memcmp(scores, expected, sizeof scores) == 0);
@@ -170,6 +299,12 @@ void test_uncalibrated(void) {
   options.operation = EMAUDIT_OPERATION_SUBTRACT;
   options.alpha = 1.0f;
   EXPECT(OK, emaudit_steering_new(probe, &options, &steering, &error));
+  scores[0] = scores[1] = 7.0f;
+  EXPECT(NOT_CALIBRATED, emaudit_steering_score_and_apply(steering, &rows, EMAUDIT_UNIT_ALIGNED_SD, scores, NULL,
+                                                          status, NULL, &error));
+  CHECK(scores[0] == 7.0f && status[0] == 77 && memcmp(data, before, sizeof data) == 0);
+  EXPECT(OK, emaudit_steering_score_and_apply(steering, &rows, EMAUDIT_UNIT_RAW, scores, NULL, status, NULL, &error));
+  CHECK(memcmp(scores, expected, sizeof scores) == 0 && memcmp(data, before, sizeof data) != 0);
   emaudit_monitor_options watch = EMAUDIT_MONITOR_OPTIONS_INIT;
   watch.aggregation = EMAUDIT_AGGREGATION_MEAN;
   watch.rate = 0.01;

@@ -54,6 +54,7 @@ fn the_hot_path_allocates_nothing() {
     let bytes = fixture::file(fixture::specific());
     let mut data = fixture::values(ROWS * WIDTH, 5);
     let (mut scores, mut status) = ([0.0f32; ROWS], [0u8; ROWS]);
+    let mut several = [0.0f32; 2 * ROWS];
     let tensor = emaudit_tensor {
         struct_size: size_of::<emaudit_tensor>() as u32,
         dtype: EMAUDIT_DTYPE_F32,
@@ -103,6 +104,15 @@ fn the_hot_path_allocates_nothing() {
         let outcomes = [
             emaudit_probe_slot_acquire(slot, &mut acquired, null_mut()),
             emaudit_probe_score(acquired, &tensor, EMAUDIT_UNIT_RAW, scores, status, null_mut()),
+            emaudit_probe_score_all(
+                [probe.cast_const(), acquired.cast_const()].as_ptr(),
+                2,
+                &tensor,
+                EMAUDIT_UNIT_RAW,
+                several.as_mut_ptr(),
+                status,
+                null_mut(),
+            ),
             emaudit_steering_score_and_apply(
                 steering,
                 &tensor,
@@ -142,9 +152,10 @@ fn the_hot_path_allocates_nothing() {
         emaudit_probe_free(acquired);
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 10]);
+        assert_eq!(outcomes, [0; 11]);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
+        assert!(several.iter().all(|score| *score != 0.0));
         assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);
         assert_eq!(report.windows, 1);
         emaudit_steering_free(inert);

@@ -25,6 +25,9 @@ pub fn write_all(directory: &Path) {
     let mut uncalibrated = manifest(Evidence::untested());
     uncalibrated.layers.iter_mut().for_each(|layer| layer.calibration = None);
     write("uncalibrated.safetensors", &file_of(uncalibrated, 1));
+    let mut narrow = manifest(Evidence::untested());
+    narrow.model.hidden_size -= 1;
+    write("narrow.safetensors", &file_of(narrow, 1));
     write("truncated.safetensors", &good[..good.len() - 7]);
     let mut flipped = good;
     let place = flipped.len() - 4; // the low byte of the last value
@@ -51,7 +54,8 @@ pub fn file(evidence: Evidence) -> Vec<u8> {
 
 /// Other vectors for another `seed`.
 fn file_of(manifest: Manifest, seed: u64) -> Vec<u8> {
-    let [v1, m1, v3, m3] = [0, 1, 2, 3].map(|n| values(WIDTH, seed + n));
+    let width = manifest.model.hidden_size as usize;
+    let [v1, m1, v3, m3] = [0, 1, 2, 3].map(|n| values(width, seed + n));
     let layers = [
         LayerTensors { layer: OTHER_LAYER, direction: &v1, aligned_mean: &m1 },
         LayerTensors { layer: LAYER, direction: &v3, aligned_mean: &m3 },

@@ -94,6 +94,7 @@ fn in_cpp(function: &str) -> Option<&'static str> {
         "probe_new" => "Probe::make(",
         "probe_get_info" => ".width()",
         "probe_score" => ".score(",
+        "probe_score_all" => "Probe::score_all(",
         "probe_error_bound" => ".error_bound(",
         "steering_new" => "Steering::make(",
         "steering_apply" => "->apply(",

@@ -1,6 +1,7 @@
 // The C++ interface over the fixtures in argv[1].
 #include "handles.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -144,6 +145,56 @@ void test_score(const emaudit::Probe &probe) {
   auto bad = probe.score(rows, z, emaudit::Unit::aligned_sd, status);
   CHECK(bad.status() == Status::non_finite && std::isnan(z[1]) && std::isfinite(z[2]));
   CHECK(status[0] == emaudit::RowStatus::ok && status[1] == emaudit::RowStatus::non_finite);
+}
+
+// Several probes at once: the bits of each alone, and every refusal as a value.
+void test_score_all(const std::string &fixtures) {
+  const auto directions = emaudit::Directions::open(fixtures + "/good.safetensors");
+  const auto make = [&](std::uint32_t of, emaudit::Kernel kernel) {
+    return emaudit::Probe::make(*directions, of, kernel).value();
+  };
+  emaudit::Probe first = make(layer, emaudit::Kernel::best), other = make(1, emaudit::Kernel::best);
+  std::vector<float> data = make_rows(3), together(6, 7.0f), alone[2] = {std::vector<float>(3), std::vector<float>(3)};
+  std::vector<emaudit::RowStatus> status(3, emaudit::RowStatus::gated);
+  const emaudit::Rows rows = emaudit::Rows::f32(data, 3, width);
+  const emaudit_probe *const both[] = {first.get(), other.get()};
+  const auto untouched = [&](const emaudit::Result<void> &result, Status wanted) {
+    const auto is_seven = [](float score) { return score == 7.0f; };
+    return result.status() == wanted && result.error().message()[0] != '\0' &&
+           std::all_of(together.begin(), together.end(), is_seven) && status[2] == emaudit::RowStatus::gated;
+  };
+  const auto all = [&](emaudit::Span<const emaudit_probe *const> probes, const emaudit::Rows &of,
+                       emaudit::Span<float> scores, emaudit::Span<emaudit::RowStatus> statuses) {
+    return emaudit::Probe::score_all(probes, of, scores, emaudit::Unit::aligned_sd, statuses);
+  };
+  CHECK(untouched(all({}, rows, together, status), Status::invalid_argument));
+  CHECK(untouched(all({nullptr, 2}, rows, together, status), Status::invalid_argument));
+  CHECK(untouched(all(both, rows, {together.data(), 5}, status), Status::invalid_argument));
+  CHECK(untouched(all(both, rows, {together.data(), 4}, status), Status::invalid_argument));
+  CHECK(untouched(all(both, rows, together, {status.data(), 2}), Status::invalid_argument));
+  CHECK(untouched(all(both, emaudit::Rows::f32(data, 4, width), together, status), Status::invalid_argument));
+  CHECK(untouched(all(both, emaudit::Rows::f32(data, 3, width - 1), together, status), Status::width_mismatch));
+  const emaudit::Probe scalar = make(layer, emaudit::Kernel::scalar), portable = make(layer, emaudit::Kernel::portable);
+  const std::vector<const emaudit_probe *> mixed = {scalar.get(), portable.get()};
+  CHECK(untouched(all(mixed, rows, together, status), Status::invalid_argument));
+  const std::array<const emaudit_probe *, 2> missing = {first.get(), nullptr};
+  CHECK(untouched(all(missing, rows, together, status), Status::invalid_argument));
+  CHECK(untouched(all(both, rows, {data.data(), 6}, status), Status::invalid_argument));
+  const auto uncalibrated = probe_of_file(fixtures + "/uncalibrated.safetensors");
+  const emaudit_probe *const raw_only[] = {uncalibrated->get(), uncalibrated->get()};
+  CHECK(untouched(all(raw_only, rows, together, status), Status::not_calibrated));
+
+  CHECK(first.score(rows, alone[0]) && other.score(rows, alone[1]));
+  CHECK(all(both, rows, together, status) && status[2] == emaudit::RowStatus::ok);
+  for (std::size_t i = 0; i < 3; ++i) {
+    CHECK(together[2 * i] == alone[0][i] && together[2 * i + 1] == alone[1][i]);
+  }
+  data[width] = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> broken(6, 7.0f);
+  CHECK(all(both, rows, broken, status).status() == Status::non_finite);
+  CHECK(status[0] == emaudit::RowStatus::ok && status[1] == emaudit::RowStatus::non_finite);
+  CHECK(std::isnan(broken[2]) && std::isnan(broken[3]) && broken[1] == together[1] && broken[4] == together[4]);
+  CHECK(all(both, emaudit::Rows::f32({}, 0, width), {}, {}));
 }
 
 // Sizes are checked here, before the library sees a pointer; nothing is written.
@@ -346,6 +397,7 @@ int main(int argc, char **argv) {
   auto probe = probe_of_file(fixtures + "/specific.safetensors");
   CHECK(probe);
   test_score(*probe);
+  test_score_all(fixtures);
   test_half(*probe);
   test_spans(*probe);
   test_threads(*probe);
