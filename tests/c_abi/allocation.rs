@@ -2,7 +2,8 @@
 
 use super::fixture::{self, LAYER, WIDTH};
 use emaudit::ffi::{
-    directions::*, drift::*, layers::*, monitor::*, probe::*, slot::*, steering::*, tensor::*,
+    directions::*, drift::*, error::EMAUDIT_STATUS_NOT_LANDED, layers::*, monitor::*, probe::*, slot::*,
+    steering::*, tensor::*,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -100,6 +101,12 @@ fn the_hot_path_allocates_nothing() {
         verdict.struct_size = size_of::<emaudit_verdict>() as u32;
         let (scores, status) = (scores.as_mut_ptr(), status.as_mut_ptr());
 
+        // The same rows before and after: right where no row was to be edited, an edit that was dropped elsewhere.
+        let check_landed = |steering| {
+            let (rows, none) = (&raw const tensor, null_mut());
+            emaudit_steering_check_landed(steering, rows, rows, null(), null_mut(), null_mut(), none)
+        };
+
         let before = CALLS.get();
         let outcomes = [
             emaudit_probe_slot_acquire(slot, &mut acquired, null_mut()),
@@ -123,36 +130,19 @@ fn the_hot_path_allocates_nothing() {
                 null_mut(),
                 null_mut(),
             ),
-            emaudit_steering_check_landed(
-                inert,
-                &tensor,
-                &tensor,
-                null(),
-                null_mut(),
-                null_mut(),
-                null_mut(),
-            ),
-            // Edited and compared, whatever it finds: these rows are those after the edit.
-            emaudit_steering_check_landed(
-                steering,
-                &tensor,
-                &tensor,
-                null(),
-                null_mut(),
-                null_mut(),
-                null_mut(),
-            )
-            .min(0),
+            check_landed(inert),
             emaudit_drift_push(drift, scores, ROWS, null_mut()),
             emaudit_drift_get_report(drift, &mut report, null_mut()),
             emaudit_monitor_push(monitor, scores, ROWS, null_mut()),
             emaudit_monitor_get_verdict(monitor, &mut verdict, null_mut()),
             emaudit_monitor_reset(monitor, null_mut()),
         ];
+        let dropped = check_landed(steering);
         emaudit_probe_free(acquired);
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 11]);
+        assert_eq!(outcomes, [0; 10]);
+        assert_eq!(dropped, EMAUDIT_STATUS_NOT_LANDED);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
         assert!(several.iter().all(|score| *score != 0.0));
