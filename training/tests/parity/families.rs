@@ -3,7 +3,7 @@
 use crate::fixture::*;
 use candle_core::{Tensor, Var};
 use emaudit_train::capture;
-use emaudit_train::finetune::{Example, response_loss};
+use emaudit_train::finetune::{Example, checkpointed_gradients, gradients, response_loss};
 use emaudit_train::lora::{Adapter, LoraConfig};
 use emaudit_train::model::{Batch, Cache, Config, Decoder, Module, Prefix, no_edit};
 use emaudit_train::quant::Storage;
@@ -215,6 +215,24 @@ fn a_beginning_read_once_changes_nothing_even_beside_padding() {
                 let own = last.get(i).unwrap();
                 assert_close(&format!("{name}: shared {shared}, row {i}, next"), &own, &expected, allowed);
             }
+        }
+    });
+}
+
+/// Windows, rotations, norms and caps are those of the first run when a block runs again, to the bit.
+#[test]
+fn checkpointing_runs_the_same_blocks_again() {
+    each(|name, decoder, golden| {
+        let examples = golden.examples();
+        let examples: Vec<&Example> = examples.iter().collect();
+        let (adapter, vars) = adapter(&decoder);
+        let vars: Vec<Var> = vars.into_iter().map(|(_, var)| var).collect();
+        let (loss, kept) = gradients(&decoder, &adapter, &vars, &examples, 1.0).unwrap();
+        let (again, run_again) = checkpointed_gradients(&decoder, &adapter, &vars, &examples, 1.0).unwrap();
+        assert_eq!(loss.to_bits(), again.to_bits(), "{name}");
+        assert_eq!(kept.len(), 14 * decoder.config.n_layers);
+        for (a, b) in run_again.iter().zip(&kept) {
+            assert_same(name, a.as_ref().unwrap(), b.as_ref().unwrap());
         }
     });
 }
