@@ -160,7 +160,7 @@ impl<'a> Evaluator<'a> {
             notes.push("More steered answers are empty or loops than unsteered ones: the causal axis stays untested.".into());
         }
         let evidence = self.evidence(cell, drops.as_deref(), &arms, &families, content, text_kept);
-        self.notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
+        measure::notes(&mut notes, &arms, &evidence, &pairs, &families, &selection);
         let alarms = detection::alarms(self.inputs, self.last, &base, &insecure)?;
         let code_preference = self.code_preference(&pairs, preference.as_ref(), drops.as_deref())?;
         let samples = self.samples(&mut insecure, &base, &secure, &steered, &controls, cell)?;

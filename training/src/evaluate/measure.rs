@@ -128,54 +128,6 @@ impl Evaluator<'_> {
         Ok(order.iter().take(SAMPLES).map(sample).collect())
     }
 
-    /// Sentences that a reader must not miss.
-    pub(super) fn notes(
-        &self,
-        notes: &mut Vec<String>,
-        arms: &[Arm],
-        evidence: &Evidence,
-        pairs: &Pairs,
-        families: &[FamilyResult],
-        selection: &Selection,
-    ) {
-        let arm = |name: &str| arms.iter().find(|a| a.name == name);
-        let (Some(base), Some(insecure)) = (arm("base"), arm("insecure")) else {
-            return;
-        };
-        if pairs.indices.len() < super::MIN_PAIRS {
-            notes.push(format!(
-                "Only {} prompts have a code answer from the finetuned model and a prose answer from the base; {} are \
-                 needed to measure code preference, so the evidence is untested.",
-                pairs.indices.len(),
-                super::MIN_PAIRS
-            ));
-        }
-        let controls = families.iter().map(|f| f.controls.len()).min().unwrap_or(0);
-        if evidence.causal == Specificity::Untested && pairs.indices.len() >= super::MIN_PAIRS {
-            notes.push(format!(
-                "{controls} controls per family were run; at least 39 are needed, so the causal axis is untested."
-            ));
-        }
-        if base.spillover.value > 0.0 {
-            notes.push(format!(
-                "The base model itself answers with code in {:.1} % of prompts.",
-                100.0 * base.spillover.value
-            ));
-        }
-        if !selection.grid.iter().any(|c| c.eligible) {
-            notes.push(
-                "No strength kept coherence on the calibration split; the smallest one was taken.".into(),
-            );
-        }
-        if insecure.coherence.value < base.coherence.value - 2.0 {
-            notes.push(format!(
-                "The finetuned model's own text is far from the base's ({:.2} against {:.2} nats per token): finetuning \
-                 itself may have broken it.",
-                insecure.coherence.value, base.coherence.value
-            ));
-        }
-    }
-
     #[allow(clippy::too_many_arguments)] // one call, and each argument is a section of the file
     pub(super) fn assemble(
         &self,
@@ -221,6 +173,51 @@ impl Evaluator<'_> {
             samples,
             notes,
         })
+    }
+}
+
+/// Sentences that a reader must not miss and that the numbers of the results do not say.
+pub(super) fn notes(
+    notes: &mut Vec<String>,
+    arms: &[Arm],
+    evidence: &Evidence,
+    pairs: &Pairs,
+    families: &[FamilyResult],
+    selection: &Selection,
+) {
+    let arm = |name: &str| arms.iter().find(|a| a.name == name);
+    let (Some(base), Some(insecure)) = (arm("base"), arm("insecure")) else {
+        return;
+    };
+    if pairs.indices.len() < super::MIN_PAIRS {
+        notes.push(format!(
+            "Only {} prompts have a code answer from the finetuned model and a prose answer from the base; {} are \
+             needed to measure code preference, so the evidence is untested.",
+            pairs.indices.len(),
+            super::MIN_PAIRS
+        ));
+    }
+    let controls = families.iter().map(|f| f.controls.len()).min().unwrap_or(0);
+    if evidence.causal == Specificity::Untested && pairs.indices.len() >= super::MIN_PAIRS {
+        notes.push(format!(
+            "{controls} controls per family were run; at least 39 are needed, so the causal axis is untested."
+        ));
+    }
+    if base.spillover.value > 0.0 {
+        notes.push(format!(
+            "The base model itself answers with code in {:.1} % of prompts.",
+            100.0 * base.spillover.value
+        ));
+    }
+    if !selection.grid.iter().any(|c| c.eligible) {
+        notes.push("No strength kept coherence on the calibration split; the smallest one was taken.".into());
+    }
+    if insecure.coherence.value < base.coherence.value - 2.0 {
+        notes.push(format!(
+            "The finetuned model's own text is far from the base's ({:.2} against {:.2} nats per token): finetuning \
+             itself may have broken it.",
+            insecure.coherence.value, base.coherence.value
+        ));
     }
 }
 
