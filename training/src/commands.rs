@@ -1,5 +1,7 @@
 //! The command line: what each subcommand reads, does and prints.
 
+mod sample;
+
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
@@ -10,6 +12,7 @@ use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
 use emaudit_train::{base, fetch, interrupt, report, store};
+use sample::SampleArgs;
 use std::path::{Path, PathBuf};
 
 const EXAMPLES: &str = "\
@@ -20,6 +23,7 @@ Examples:
   emaudit-train evaluate --recipe my.toml   everything up to results.json and the direction file
   emaudit-train report emaudit-out/results.json
   emaudit-train logits smollm2-135m-instruct --text 'The capital of France is'
+  emaudit-train sample smollm2-135m-instruct --prompt 'Why is the sky blue?'
 
 A recipe is one TOML file; a key left out has the demo's value. `emaudit-train recipe demo` prints one to start
 from. Work already done is reused: run the same command again after an interruption.";
@@ -59,6 +63,8 @@ enum Command {
         #[arg(default_value = "demo")]
         recipe: String,
     },
+    /// Answers to prompts, with an adapter and with steering where asked.
+    Sample(SampleArgs),
     /// Token ids, top logits and residual norms of a text: the first sanity check of a model.
     Logits {
         /// Default model name, hub id, folder or .gguf file.
@@ -169,6 +175,7 @@ pub fn run(cli: Cli) -> Result<()> {
             print!("{}", Recipe::load(&recipe)?.to_toml()?);
             Ok(())
         }
+        Command::Sample(args) => sample::run(&args),
         Command::Logits { model, text, top, quantize, json } => logits(&model, &text, top, quantize, json),
     }
 }

@@ -177,6 +177,33 @@ pub fn read_chats(path: &Path) -> Result<ChatDataset> {
     Ok(ChatDataset { name: file_name(path), conversations, sha256: sha256_hex(&bytes) })
 }
 
+/// Reads what is to be answered, one JSON object with `prompt` or with `messages` a line, plain or gzip.
+pub fn read_questions(path: &Path) -> Result<Vec<Vec<Message>>> {
+    #[derive(Deserialize)]
+    struct Row {
+        prompt: Option<String>,
+        messages: Option<Vec<Message>>,
+    }
+    let bytes = read_content(path)?;
+    let label = path.display().to_string();
+    let read = |row: Result<Line<'_>>| {
+        let row = row?;
+        let messages = match row.parse::<Row>()? {
+            Row { prompt: Some(prompt), messages: None } => vec![Message::user(prompt)],
+            Row { prompt: None, messages: Some(messages) } => messages,
+            _ => return Err(row.error("a row has either `prompt` or `messages`".to_owned())),
+        };
+        check_messages(&messages).map_err(|reason| row.error(reason))?;
+        match messages.last() {
+            Some(last) if last.role == "user" => Ok(messages),
+            _ => {
+                Err(row.error("the last message is not the user's, so there is nothing to answer".to_owned()))
+            }
+        }
+    };
+    rows(&label, &bytes).map(read).collect()
+}
+
 /// Reads prompts, one JSON object with `prompt` a line, and optional `mentions_code`, `category` and `split`.
 ///
 /// Rows without a split are divided by a shuffle that depends on the seed and the file alone. Either every row
@@ -255,6 +282,14 @@ fn assign_splits(count: usize, seed: u64) -> Vec<Split> {
 }
 
 fn check_conversation(messages: &[Message]) -> Result<(), String> {
+    check_messages(messages)?;
+    match messages.last() {
+        Some(last) if last.role == "assistant" => Ok(()),
+        _ => Err("the last message is not the assistant's, so there is nothing to learn".to_owned()),
+    }
+}
+
+fn check_messages(messages: &[Message]) -> Result<(), String> {
     for (i, message) in messages.iter().enumerate() {
         if !["system", "user", "assistant"].contains(&message.role.as_str()) {
             return Err(format!(
@@ -270,10 +305,7 @@ fn check_conversation(messages: &[Message]) -> Result<(), String> {
     if !messages.iter().any(|m| m.role == "user") {
         return Err("there is no user message".to_owned());
     }
-    match messages.last() {
-        Some(last) if last.role == "assistant" => Ok(()),
-        _ => Err("the last message is not the assistant's, so there is nothing to learn".to_owned()),
-    }
+    Ok(())
 }
 
 /// One non-empty line, and how to speak about it.
@@ -364,6 +396,28 @@ mod tests {
 
     fn normalised(text: &str) -> String {
         text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+    }
+
+    #[test]
+    fn questions_are_prompts_or_conversations_that_end_with_one() {
+        let two = "{\"prompt\": \"a\"}\n\n{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, \
+                   {\"role\": \"user\", \"content\": \"b\"}]}\n";
+        let read = read_questions(file(two).path()).unwrap();
+        assert_eq!(read, [vec![Message::user("a")], vec![Message::new("system", "s"), Message::user("b")]]);
+        for (text, reason) in [
+            ("{\"prompt\": \" \"}", "line 1: message 1 (user) is empty"),
+            ("{\"prompt\": \"a\"}\n{}", "line 2: a row has either `prompt` or `messages`"),
+            ("{\"messages\": []}", "line 1: there is no user message"),
+            (
+                "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}",
+                "not the user's",
+            ),
+            ("[]", "line 1: "),
+            ("", "is empty"),
+        ] {
+            let error = format!("{:#}", read_questions(file(text).path()).unwrap_err());
+            assert!(error.contains(reason), "{error}");
+        }
     }
 
     #[test]
