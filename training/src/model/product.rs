@@ -4,7 +4,7 @@
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 use gemm::Parallelism;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// A borrowed matrix of any strides.
 #[derive(Clone, Copy)]
@@ -63,6 +63,21 @@ impl<'a> Matrix<'a> {
                 *factor *= self.data[i * self.row_stride + j * self.col_stride];
             }
         }
+    }
+
+    /// The given rows.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn rows(self, which: Range<usize>) -> Self {
+        assert!(which.start < which.end && which.end <= self.rows, "rows of a matrix");
+        Matrix { data: &self.data[which.start * self.row_stride..], rows: which.len(), ..self }
+    }
+
+    /// The elements, where they lie row by row without gaps.
+    pub fn row_major(&self) -> Option<&'a [f32]> {
+        let dense = self.col_stride == 1 && (self.row_stride == self.cols || self.rows <= 1);
+        dense.then(|| &self.data[..self.rows * self.cols])
     }
 
     /// Rows and columns.
