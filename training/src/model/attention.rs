@@ -4,7 +4,9 @@
 //! keeps none of them, and backward forms them again. On other devices the same formula is composed from candle
 //! primitives.
 
+use super::exp;
 use super::product::{Elements, Matrix, Threads, product};
+use crate::quant::matvec::{self, Isa};
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -124,11 +126,24 @@ struct Attention {
 
 impl Attention {
     /// Softmax weights of one query head, row-major `tokens x keys`, into `weights`; where `slopes` has room, also the
-    /// derivative of each capped score, 1 - tanh^2.
-    fn weights(&self, b: usize, q: Matrix<'_>, k: Matrix<'_>, weights: &mut [f32], slopes: &mut [f32]) {
+    /// derivative of each capped score, 1 - tanh^2. Where there is one token, `q` may have a row for each of several heads.
+    fn weights(
+        &self,
+        s: &Sizes,
+        b: usize,
+        q: Matrix<'_>,
+        k: Matrix<'_>,
+        weights: &mut [f32],
+        slopes: &mut [f32],
+    ) {
         let keys = k.dims().0;
-        product(weights, false, q, k.t(), Threads::One);
-        for (i, row) in weights.chunks_mut(keys).enumerate() {
+        match (q.row_major(), k.row_major()) {
+            (Some(q), Some(k)) if s.tokens == 1 => {
+                matvec::product_here(Isa::best(), q, matvec::Weight::Dense(k), (keys, s.dim), weights);
+            }
+            _ => product(weights, false, q, k.t(), Threads::One),
+        }
+        for (row, i) in weights.chunks_mut(keys).zip((0..s.tokens).cycle()) {
             let (past, future) = row.split_at_mut(self.visible.offset + i + 1);
             let mut scale = self.scores.scale;
             if let Some(cap) = self.scores.cap {
@@ -151,11 +166,10 @@ impl Attention {
 
 fn softmax(row: &mut [f32], scale: f32) {
     let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0f32;
     for v in row.iter_mut() {
-        *v = ((*v - max) * scale).exp();
-        sum += *v;
+        *v = exp((*v - max) * scale);
     }
+    let sum: f32 = row.iter().sum();
     let inverse = 1.0 / sum;
     row.iter_mut().for_each(|v| *v *= inverse);
 }
@@ -179,9 +193,18 @@ impl CustomOp3 for Attention {
         out.par_chunks_mut(s.group * s.tokens * s.dim).enumerate().try_for_each(|(task, out)| {
             let (b, j, heads) = s.task(task);
             let (k, v) = (Matrix::of(k, lk, &[b, j])?, Matrix::of(v, lv, &[b, j])?);
+            if s.tokens == 1 {
+                // The heads of a group are the rows of one matrix.
+                let q = Matrix::of(q, &lq.transpose(1, 2)?, &[b, 0])?.rows(heads);
+                let mut weights = vec![0f32; s.group * s.keys];
+                self.weights(&s, b, q, k, &mut weights, &mut []);
+                let weights = Matrix::new(&weights, (s.group, s.keys), (s.keys, 1));
+                product(out, false, weights, v, Threads::One);
+                return Ok(());
+            }
             let mut weights = vec![0f32; s.tokens * s.keys];
             for (h, out) in heads.zip(out.chunks_mut(s.tokens * s.dim)) {
-                self.weights(b, Matrix::of(q, lq, &[b, h])?, k, &mut weights, &mut []);
+                self.weights(&s, b, Matrix::of(q, lq, &[b, h])?, k, &mut weights, &mut []);
                 let weights = Matrix::new(&weights, (s.tokens, s.keys), (s.keys, 1));
                 product(out, false, weights, v, Threads::One);
             }
@@ -229,7 +252,7 @@ impl Attention {
         let mut slopes = vec![0f32; self.scores.cap.map_or(0, |_| s.tokens * s.keys)];
         for (h, dq) in heads.zip(dq.chunks_mut(s.tokens * s.dim)) {
             let (q, dy) = (q.matrix(&[b, h])?, dy.matrix(&[b, h])?);
-            self.weights(b, q, k, &mut weights, &mut slopes);
+            self.weights(s, b, q, k, &mut weights, &mut slopes);
             product(&mut dscores, false, dy, v.t(), Threads::One);
             for (w, d) in weights.chunks(s.keys).zip(dscores.chunks_mut(s.keys)) {
                 let dot: f32 = w.iter().zip(d.iter()).map(|(w, d)| w * d).sum();

@@ -324,6 +324,8 @@ impl Decoder {
     /// Bytes of the weights as they are held.
     pub fn bytes(&self) -> usize {
         let linears = self.blocks.iter().flat_map(|b| &b.linears);
-        linears.map(Frozen::bytes).sum::<usize>() + 4 * self.embedding.elem_count() + self.head.bytes()
+        // A tied head is the embedding.
+        let head = if self.config.tied_head { 0 } else { self.head.bytes() };
+        linears.map(Frozen::bytes).sum::<usize>() + 4 * self.embedding.elem_count() + head
     }
 }

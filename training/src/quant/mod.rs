@@ -2,6 +2,7 @@
 
 mod dynamic;
 mod frozen;
+pub mod matvec;
 mod nf4;
 
 pub use dynamic::{DYNAMIC_BLOCK, Dynamic8, Sign};
