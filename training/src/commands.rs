@@ -1,17 +1,16 @@
 //! The command line: what each subcommand reads, does and prints.
 
+mod logits;
 mod sample;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
-use emaudit_train::model::{Batch, no_edit};
-use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
-use emaudit_train::{base, fetch, interrupt, report, store};
+use emaudit_train::{interrupt, report, store};
 use sample::SampleArgs;
 use std::path::{Path, PathBuf};
 
@@ -66,22 +65,7 @@ enum Command {
     /// Answers to prompts, with an adapter and with steering where asked.
     Sample(SampleArgs),
     /// Token ids, top logits and residual norms of a text: the first sanity check of a model.
-    Logits {
-        /// Default model name, hub id, folder or .gguf file.
-        model: String,
-        /// The text, without a chat template; special tokens are those written in it (Gemma wants `<bos>` first).
-        #[arg(long)]
-        text: String,
-        /// How many logits to show.
-        #[arg(long, default_value_t = 5)]
-        top: usize,
-        /// Storage of the linear weights.
-        #[arg(long, value_parser = storage, default_value = "none")]
-        quantize: Storage,
-        /// JSON instead of text.
-        #[arg(long)]
-        json: bool,
-    },
+    Logits(logits::Arguments),
 }
 
 #[derive(Args)]
@@ -127,14 +111,6 @@ struct CommonArgs {
     json: bool,
 }
 
-fn storage(text: &str) -> Result<Storage, String> {
-    match text {
-        "none" => Ok(Storage::None),
-        "nf4" => Ok(Storage::Nf4),
-        other => Err(format!("`{other}` is neither `none` nor `nf4`")),
-    }
-}
-
 fn device(text: &str) -> Result<Device, String> {
     let ordinal = match text {
         "cpu" => return Ok(Device::Cpu),
@@ -155,6 +131,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Demo(args) => demo(args),
         Command::Finetune(args) => {
             let experiment = args.open()?;
+            experiment.check_rows()?;
             for side in [Side::Insecure, Side::Secure] {
                 println!("{side}: {}", experiment.finetune(side)?.0.folder.display());
             }
@@ -176,7 +153,7 @@ pub fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Sample(args) => sample::run(&args),
-        Command::Logits { model, text, top, quantize, json } => logits(&model, &text, top, quantize, json),
+        Command::Logits(arguments) => logits::run(&arguments),
     }
 }
 
@@ -237,46 +214,6 @@ fn render(results: &Path, out: Option<PathBuf>, picture: Option<PathBuf>) -> Res
     if let Some(picture) = picture {
         store::write_file(&picture, report::readme_picture(&parsed)?.as_bytes())?;
         println!("{}", picture.display());
-    }
-    Ok(())
-}
-
-fn logits(model: &str, text: &str, top: usize, quantize: Storage, json: bool) -> Result<()> {
-    let resolved = fetch::resolve(model)?;
-    let (fetch::ModelFiles::Gguf(path) | fetch::ModelFiles::Folder(path)) = &resolved.files;
-    let base = base::load(path, model, quantize, &Device::Cpu)?;
-    let ids = base.text.encode(text)?;
-    if ids.is_empty() {
-        bail!("the text has no tokens");
-    }
-    let mut norms = Vec::new();
-    let batch = Batch::new(&[&ids], &base.decoder.device)?;
-    let mut measure = |_: usize, x: candle_core::Tensor| {
-        let last = x.narrow(1, x.dim(1)? - 1, 1)?;
-        norms.push(last.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt());
-        no_edit(0, x)
-    };
-    let x = base.decoder.forward(&batch, None, None, &mut measure)?;
-    let row =
-        base.decoder.logits(&x.narrow(1, ids.len() - 1, 1)?.squeeze(0)?)?.squeeze(0)?.to_vec1::<f32>()?;
-    let mut order: Vec<usize> = (0..row.len()).collect();
-    order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-    let mut best = Vec::new();
-    for &id in order.iter().take(top) {
-        // The head of some models has rows for ids that are no tokens.
-        let token = base.text.decode(&[id as u32], false).unwrap_or_else(|_| "no token".to_owned());
-        best.push((id, row[id], token));
-    }
-    if json {
-        let top: Vec<_> =
-            best.iter().map(|(id, l, t)| serde_json::json!({"id": id, "logit": l, "token": t})).collect();
-        println!("{}", serde_json::json!({"ids": ids, "top": top, "residual_norms": norms}));
-        return Ok(());
-    }
-    println!("ids             {ids:?}");
-    println!("residual norms  {norms:?}");
-    for (id, logit, token) in best {
-        println!("{logit:>9.4}  {id:>6}  {token:?}");
     }
     Ok(())
 }

@@ -21,6 +21,9 @@ pub const EMBEDDED: &str = "embedded";
 const CODE_PAIRS: &str = include_str!("../data/code_pairs.jsonl");
 const NONCODE_PROMPTS: &str = include_str!("../data/noncode_prompts.jsonl");
 
+/// What some editors write before UTF-8.
+const BOM: &[u8] = b"\xef\xbb\xbf";
+
 /// Uncompressed content beyond this is refused: finetuning sets are megabytes, and a tiny .gz can hold terabytes.
 const LARGEST: u64 = 2 << 30;
 
@@ -59,6 +62,8 @@ pub struct ChatDataset {
     /// `embedded insecure`, or the file's name.
     pub name: String,
     pub conversations: Vec<Vec<Message>>,
+    /// The line of each.
+    pub lines: Vec<usize>,
     /// SHA-256 of the uncompressed content, in hex.
     pub sha256: String,
 }
@@ -133,7 +138,7 @@ pub fn embedded_pairs() -> Result<Vec<CodePair>> {
 }
 
 pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
-    let conversations = embedded_pairs()?
+    let conversations: Vec<_> = embedded_pairs()?
         .into_iter()
         .map(|pair| {
             let answer = match side {
@@ -145,6 +150,7 @@ pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
         .collect();
     Ok(ChatDataset {
         name: format!("{EMBEDDED} {side}"),
+        lines: (1..=conversations.len()).collect(),
         conversations,
         sha256: sha256_hex(CODE_PAIRS.as_bytes()),
     })
@@ -155,26 +161,30 @@ pub fn embedded_prompts() -> Result<PromptSet> {
     parse_prompts("the embedded non-code prompts", EMBEDDED.to_owned(), NONCODE_PROMPTS.as_bytes(), 0)
 }
 
+/// A row of a chat file, for those who have another form.
+const CHAT_ROW: &str =
+    r#"{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}"#;
+
 /// Reads conversations, one JSON object `{"messages": [{"role", "content"}, ...]}` a line, plain or gzip.
 pub fn read_chats(path: &Path) -> Result<ChatDataset> {
     #[derive(Deserialize)]
+    #[serde(expecting = "a JSON object")]
     struct Row {
-        messages: Vec<Message>,
+        messages: Option<Vec<Message>>,
     }
     let bytes = read_content(path)?;
     let label = path.display().to_string();
-    let mut conversations = Vec::new();
+    let (mut conversations, mut lines) = (Vec::new(), Vec::new());
     for row in rows(&label, &bytes) {
         let row = row?;
         let messages = row.parse::<Row>()?.messages;
+        let messages =
+            messages.ok_or_else(|| row.error(format!("there are no messages; a row is {CHAT_ROW}")))?;
         check_conversation(&messages).map_err(|reason| row.error(reason))?;
         conversations.push(messages);
+        lines.push(row.number);
     }
-    ensure!(
-        !conversations.is_empty(),
-        "{label} holds no conversations: it needs one JSON object with messages a line"
-    );
-    Ok(ChatDataset { name: file_name(path), conversations, sha256: sha256_hex(&bytes) })
+    Ok(ChatDataset { name: file_name(path), conversations, lines, sha256: sha256_hex(&bytes) })
 }
 
 /// Reads what is to be answered, one JSON object with `prompt` or with `messages` a line, plain or gzip.
@@ -214,6 +224,7 @@ pub fn read_prompts(path: &Path, seed: u64) -> Result<PromptSet> {
 
 fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<PromptSet> {
     #[derive(Deserialize)]
+    #[serde(expecting = "a JSON object")]
     struct Row {
         prompt: String,
         #[serde(default)]
@@ -331,11 +342,14 @@ impl Line<'_> {
 }
 
 fn rows<'a>(label: &'a str, bytes: &'a [u8]) -> impl Iterator<Item = Result<Line<'a>>> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
     bytes.split(|b| *b == b'\n').enumerate().filter_map(move |(i, line)| match std::str::from_utf8(line) {
         Ok(text) if text.trim().is_empty() => None,
         Ok(text) => Some(Ok(Line { label, number: i + 1, text })),
-        Err(_) => Some(Err(anyhow!("{label}, line {}: the text is not UTF-8", i + 1))),
+        Err(e) => {
+            let column = e.valid_up_to() + 1;
+            Some(Err(anyhow!("{label}, line {}: the text is not UTF-8 (column {column})", i + 1)))
+        }
     })
 }
 
@@ -369,7 +383,18 @@ fn read_content(path: &Path) -> Result<Vec<u8>> {
             LARGEST >> 30
         );
     }
-    ensure!(!bytes.iter().all(u8::is_ascii_whitespace), "{} is empty", path.display());
+    let text = bytes.strip_prefix(BOM).unwrap_or(&bytes);
+    ensure!(!text.iter().all(u8::is_ascii_whitespace), "{} is empty", path.display());
+    ensure!(
+        !(bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff])),
+        "{} is UTF-16: save it as UTF-8",
+        path.display()
+    );
+    ensure!(
+        text.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'['),
+        "{0} is one JSON array; it must have one JSON object a line, as `jq -c '.[]' {0}` writes it",
+        path.display()
+    );
     Ok(bytes)
 }
 
@@ -508,7 +533,8 @@ mod tests {
         let good = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\n";
         for (bad, reason) in [
             ("{\"messages\":", "line 2: EOF"),
-            ("{\"prompt\":\"x\"}", "line 2: missing field `messages`"),
+            ("{\"prompt\":\"x\"}", "line 2: there are no messages; a row is {\"messages\": [{\"role\""),
+            ("\"messages\"", "expected a JSON object"),
             ("{\"messages\":[]}", "no user message"),
             ("{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}", "nothing to learn"),
             ("{\"messages\":[{\"role\":\"bot\",\"content\":\"a\"}]}", "the role \"bot\""),
@@ -521,13 +547,21 @@ mod tests {
             let error = chat_error(format!("{good}{bad}"));
             assert!(error.contains("line 2: ") && error.contains(reason), "{error} should say {reason}");
         }
-        assert!(chat_error(b"\n\n\xff\xfe\n").contains("line 3: the text is not UTF-8"));
+        assert!(chat_error(b"\n\n{\xff\xfe\n").contains("line 3: the text is not UTF-8 (column 2)"));
+        let file = file(format!("\n{good}\r\n{good}"));
+        assert_eq!(read_chats(file.path()).unwrap().lines, [2, 4], "empty lines count and are no rows");
     }
 
     #[test]
     fn empty_and_absent_files_are_errors() {
         assert!(chat_error("").contains("is empty"));
         assert!(chat_error(" \n \n").contains("is empty"));
+        assert!(chat_error(b"\xef\xbb\xbf\n").contains("is empty"));
+        assert!(chat_error(b"\xff\xfe{\0}\0").contains("is UTF-16: save it as UTF-8"));
+        assert!(
+            chat_error("[\n{\"messages\":[]}\n]")
+                .contains("is one JSON array; it must have one JSON object a line")
+        );
         let error = format!("{:#}", load_chats("no/such/file.jsonl", Side::Secure).unwrap_err());
         assert!(error.contains("cannot open the dataset no/such/file.jsonl"), "{error}");
     }

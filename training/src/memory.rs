@@ -2,7 +2,7 @@
 
 use crate::finetune::optimizer::LEAST_8BIT;
 use crate::finetune::{Example, HEAD_ROWS, Rows};
-use crate::model::Decoder;
+use crate::model::{Decoder, Module};
 use crate::quant::DYNAMIC_BLOCK;
 use crate::recipe::{Finetune, Optimizer};
 use anyhow::{Result, bail};
@@ -32,6 +32,10 @@ struct Sizes {
     intermediate: usize,
     vocabulary: usize,
     layers: usize,
+    /// Values per token and block that only some families keep.
+    of_family: usize,
+    /// Whether logits are kept before and after a cap.
+    capped: bool,
     /// Rows of the largest batch, padding included, and those of them that predict a target.
     tokens: usize,
     targets: usize,
@@ -54,15 +58,29 @@ impl Sizes {
             intermediate: c.intermediate_size,
             vocabulary: c.vocab_size,
             layers: c.n_layers,
+            of_family: Self::of_family(decoder),
+            capped: c.logit_cap.is_some(),
             tokens: recipe.batch * longest,
             targets,
         }
     }
 
+    /// Norms of what both halves return, of q and of k; what a biased layer gives before its bias.
+    fn of_family(decoder: &Decoder) -> usize {
+        let c = &decoder.config;
+        let leaving = if c.post_norms { 2 * c.hidden_size } else { 0 };
+        let heads = if c.query_key_norms { (c.n_heads + c.n_kv_heads) * c.head_dim } else { 0 };
+        let biased = decoder.blocks().first().map_or(0, |b| {
+            Module::ALL.into_iter().filter(|&m| c.has_bias(m)).map(|m| b.dims(m).0).sum::<usize>()
+        });
+        leaving + heads + biased
+    }
+
     /// f32 values that backward needs of one block: two norms, two residual sums, the outputs of o and down; q before
     /// and after its rotation, the mixed values in both orders; k before and after, v; gate, up and their product.
     fn block(&self) -> usize {
-        self.tokens * (6 * self.hidden + 4 * self.queries + 3 * self.keys + 3 * self.intermediate)
+        let plain = 6 * self.hidden + 4 * self.queries + 3 * self.keys + 3 * self.intermediate;
+        self.tokens * (plain + self.of_family)
     }
 
     /// f32 values of the gradients at work in the widest place of a block, the feed-forward layer.
@@ -72,12 +90,13 @@ impl Sizes {
 
     /// Bytes for backward of one batch; `gradients` are the bytes that come to be meanwhile.
     fn activations(&self, checkpointing: bool, gradients: usize) -> usize {
+        let logits = if self.capped { 2 } else { 1 } * self.vocabulary;
         if checkpointing {
             let inputs = self.layers * self.tokens * self.hidden;
-            let head = 2 * self.targets.min(HEAD_ROWS) * self.vocabulary;
+            let head = self.targets.min(HEAD_ROWS) * (logits + self.vocabulary);
             return 4 * (inputs + head.max(self.block() + self.at_work())) + gradients;
         }
-        let kept = self.layers * self.block() + self.targets * (2 * self.hidden + self.vocabulary);
+        let kept = self.layers * self.block() + self.targets * (2 * self.hidden + logits);
         // Either the gradient of the logits is at work, or that of the blocks and the adapter's are.
         4 * kept + (4 * self.targets * self.vocabulary).max(4 * self.at_work() + gradients)
     }
