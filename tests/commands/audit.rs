@@ -99,7 +99,6 @@ fn the_exit_status_is_the_verdict() {
     // Of the calm ones among them some exceed it too.
     assert!(of("flagged") >= 20.0 && of("judged") == 100.0 && of("p_value") < 1e-4, "{verdict}");
     assert!(of("low") < of("share") && of("share") < of("high"));
-    assert_eq!(object["digest"], Value::Null);
     assert_eq!(verdict["digest"].as_str().unwrap().len(), 64);
 }
 
@@ -213,7 +212,8 @@ fn a_middle_dimension_that_may_be_layers_must_be_named() {
     let folder = Folder::new();
     let directions = folder.sample();
     // The model has four blocks: as layers, the last one is along the direction; as tokens, the first is.
-    let rows = |at: usize| (0..40).flat_map(|_| (0..4).flat_map(move |i| if i == at { HIGH } else { CALM }));
+    let rows =
+        |at: usize| (0..40).flat_map(move |_| (0..4).flat_map(move |i| if i == at { HIGH } else { CALM }));
     let last = folder.write("last.npy", npy_f32(&[40, 4, WIDTH], &rows(3).collect::<Vec<_>>()));
     let first = folder.write("first.npy", npy_f32(&[40, 4, WIDTH], &rows(0).collect::<Vec<_>>()));
     let base = ["audit", utf8(&directions), "--activations", utf8(&last), "--statistic", "mean"];

@@ -57,14 +57,14 @@ pub fn encode(base: &Base, prompts: &[String], horizon: u32) -> Result<Vec<Vec<u
     prompts.iter().map(encode).collect()
 }
 
-/// Runs the prompts through one state of the model; beyond a horizon of 1 it answers them, as calibration had them answered.
+/// Runs the prompts through one state of the model, which answers them with at most `sampling.max_new_tokens` tokens: the
+/// horizon of the audit without the last prompt token.
 pub fn read(
     base: &Base,
     adapter: Option<&Adapter>,
     name: &str,
     prompts: &[Vec<u32>],
     probe: &Probe,
-    horizon: u32,
     sampling: &Sampling,
 ) -> Result<Sequences> {
     let Some(layer) = probe.layer() else { bail!("the probe has no direction file") };
@@ -80,12 +80,11 @@ pub fn read(
         calibrate::scores_or_nan(probe, &first_rows)?.into_iter().map(|z| vec![z]).collect();
     // A sequence that is not finite from its first token on is invalid, whatever it would answer.
     let finite: Vec<usize> = (0..scores.len()).filter(|&i| scores[i][0].is_finite()).collect();
-    if horizon > 1 && !finite.is_empty() {
+    if sampling.max_new_tokens > 0 && !finite.is_empty() {
         let request = |&i: &usize| Request { prompt: prompts[i].clone(), stream: i as u64, first: None };
         let requests: Vec<Request> = finite.iter().map(request).collect();
-        let sampling = Sampling { max_new_tokens: horizon as usize - 1, ..sampling.clone() };
         let mut stage = progress::Stage::new(format!("answers, {name}"), requests.len());
-        let answers = generate::generate(decoder, adapter, &requests, &sampling, None, |n| {
+        let answers = generate::generate(decoder, adapter, &requests, sampling, None, |n| {
             stage.advance(n, "");
             interrupt::check()
         })?;
@@ -94,11 +93,17 @@ pub fn read(
         let dialogues: Vec<Dialogue> = requests.into_iter().zip(answers).map(dialogue).collect();
         let mut stage = progress::Stage::new(format!("scores of answers, {name}"), dialogues.len());
         let probes = [(layer, probe.clone())];
-        let mut of_layer =
-            calibrate::token_scores(decoder, adapter, &dialogues, horizon as usize, &probes, |n| {
+        let mut of_layer = calibrate::token_scores(
+            decoder,
+            adapter,
+            &dialogues,
+            sampling.max_new_tokens + 1,
+            &probes,
+            |n| {
                 stage.advance(n, "");
                 interrupt::check()
-            })?;
+            },
+        )?;
         stage.finish("");
         for (i, tokens) in finite.into_iter().zip(of_layer.swap_remove(0)) {
             scores[i] = tokens;

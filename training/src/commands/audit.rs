@@ -4,17 +4,18 @@ use super::{device, storage};
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::Device;
 use clap::{Args, ValueEnum};
-use emaudit::directions::schema::{Aggregation, IdentityMatch};
+use emaudit::audit::AuditReport;
+use emaudit::directions::schema::{Aggregation, IdentityMatch, ModelIdentity};
 use emaudit::directions::{OpenOptions, TrustedKey, digest};
 use emaudit::{AuditOptions, Directions, Probe};
-use emaudit_train::audit;
+use emaudit_train::audit::{self, Sequences};
 use emaudit_train::base::{self, Base};
 use emaudit_train::generate::Sampling;
 use emaudit_train::lora::Adapter;
 use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::{dataset, fetch, progress, store};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::{ErrorKind, Write};
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -130,69 +131,79 @@ impl AuditArgs {
         };
         // What the file cannot support is refused before a model is loaded.
         emaudit::Audit::new(&probe, options)?;
-        let recipe = Recipe::default();
-        let set = dataset::load_prompts(&self.prompts, self.seed.unwrap_or(recipe.seed))?;
-        let mut texts = audit::prompts(&directions, &set, self.seed)?;
-        texts.truncate(self.count.map_or(usize::MAX, |n| n as usize));
-        if texts.is_empty() {
-            bail!("{} has no prompts to audit with", set.name);
-        }
-        progress::note(&format!("{} prompts of {}", texts.len(), set.name));
-        let sampling = |base: &Base| Sampling {
-            max_new_tokens: 0,
-            temperature: self.temperature.unwrap_or(recipe.evaluate.temperature),
-            top_p: self.top_p.unwrap_or(recipe.evaluate.top_p),
-            seed: self.seed.unwrap_or(recipe.seed),
-            stop: base.text.eos_ids(),
-            absent: base.text.absent_ids(base.decoder.config.vocab_size),
-        };
-        let read = |base: &Base, adapter: Option<&Adapter>, name: &str, horizon: u32| {
-            let prompts = audit::encode(base, &texts, horizon)?;
-            audit::read(base, adapter, name, &prompts, &probe, horizon, &sampling(base))
-        };
+        let questions = self.questions(&directions)?;
         // One model at a time is in memory.
         let mut calm = match &self.reference {
             None => None,
             Some(model) => {
-                let (base, _) = self.load(model, &directions)?;
-                Some(read(&base, None, "reference", 1)?)
+                Some(questions.ask(&self.load(model, &directions)?.0, None, "reference", &probe, 1)?)
             }
         };
         let (base, fit) = self.load(&self.model, &directions)?;
         let adapter = match &self.adapter {
             None => None,
             Some(folder) => {
-                calm = Some(read(&base, None, "model without the adapter", 1)?);
+                calm = Some(questions.ask(&base, None, "model without the adapter", &probe, 1)?);
                 Some(Adapter::load(folder, &base.decoder)?)
             }
         };
-        let suspect = read(&base, adapter.as_ref(), "suspect", self.horizon)?;
+        let suspect = questions.ask(&base, adapter.as_ref(), "suspect", &probe, self.horizon)?;
         let report = audit::judge(&probe, options, &suspect, calm.as_ref())?;
+        let exact = fit == IdentityMatch::Exact && adapter.is_none();
+        self.tell(&directions, &base.identity, exact, &questions, &report)?;
+        Ok(report.verdict.exit_status())
+    }
+
+    fn questions(&self, directions: &Directions) -> Result<Questions> {
+        let mut recipe = Recipe::default();
+        let evaluate = &mut recipe.evaluate;
+        evaluate.temperature = self.temperature.unwrap_or(evaluate.temperature);
+        evaluate.top_p = self.top_p.unwrap_or(evaluate.top_p);
+        recipe.seed = self.seed.unwrap_or(recipe.seed);
+        recipe.check()?;
+        let set = dataset::load_prompts(&self.prompts, recipe.seed)?;
+        let mut texts = audit::prompts(directions, &set, self.seed)?;
+        texts.truncate(self.count.map_or(usize::MAX, |n| n as usize));
+        if texts.is_empty() {
+            bail!("{} has no prompts to audit with", set.name);
+        }
+        progress::note(&format!("{} prompts of {}", texts.len(), set.name));
+        Ok(Questions { recipe, name: set.name, sha256: set.sha256, texts })
+    }
+
+    fn tell(
+        &self,
+        directions: &Directions,
+        model: &ModelIdentity,
+        exact: bool,
+        questions: &Questions,
+        report: &AuditReport,
+    ) -> Result<()> {
         let weights = self.adapter.as_ref().map(|folder| folder.join("adapter_model.safetensors"));
         let adapter = weights.map(|path| store::sha256_files(&[path])).transpose()?;
-        let fit = match (fit, &adapter) {
-            (IdentityMatch::Exact, None) => "exact",
-            _ => "variant",
-        };
+        let fit = if exact { "exact" } else { "variant" };
+        let Questions { recipe, name, sha256, texts } = questions;
         if self.json {
             let mut object = json!(report);
             object["ok"] = true.into();
-            object["model"] = json!(base.identity);
+            object["model"] = json!(model);
             object["match"] = fit.into();
             object["adapter"] = json!(adapter);
-            object["prompts"] = json!({"name": set.name, "sha256": set.sha256, "count": texts.len()});
-            answer(&format!("{object}\n"))?;
-        } else {
-            let of = (&directions.manifest().model.name, digest::to_hex(&directions.digest()));
-            let (name, stored) = (&base.identity.name, &base.identity.quantization);
-            let mut page =
-                format!("{report}  directions  {}, {}\n  suspect     {name}, {stored} ({fit})\n", of.0, of.1);
-            if let (Some(folder), Some(digest)) = (&self.adapter, &adapter) {
-                page += &format!("  adapter     {}, {digest}\n", folder.display());
-            }
-            answer(&format!("{page}  prompts     {} of {}\n", texts.len(), set.name))?;
+            object["prompts"] = json!({"name": name, "sha256": sha256, "count": texts.len()});
+            let (e, seed) = (&recipe.evaluate, recipe.seed);
+            object["sampling"] = match self.horizon {
+                1 => Value::Null,
+                _ => json!({"temperature": e.temperature, "top_p": e.top_p, "seed": seed}),
+            };
+            return answer(&format!("{object}\n"));
         }
-        Ok(report.verdict.exit_status())
+        let (of, digest) = (&directions.manifest().model.name, digest::to_hex(&directions.digest()));
+        let mut page = format!("{report}  directions  {of}, {digest}\n");
+        page += &format!("  suspect     {}, {} ({fit})\n", model.name, model.quantization);
+        if let (Some(folder), Some(digest)) = (&self.adapter, &adapter) {
+            page += &format!("  adapter     {}, {digest}\n", folder.display());
+        }
+        answer(&format!("{page}  prompts     {} of {name}\n", texts.len()))
     }
 
     fn open(&self) -> Result<Directions> {
@@ -218,6 +229,36 @@ impl AuditArgs {
         let base = base::load(path, &name, self.quantize.unwrap_or(as_made), &self.device)?;
         let fit = audit::check_identity(directions, &base).with_context(|| format!("the model {model}"))?;
         Ok((base, fit))
+    }
+}
+
+/// What every state of a model is asked, and how its answers are drawn.
+struct Questions {
+    recipe: Recipe,
+    name: String,
+    sha256: String,
+    texts: Vec<String>,
+}
+
+impl Questions {
+    fn ask(
+        &self,
+        base: &Base,
+        adapter: Option<&Adapter>,
+        name: &str,
+        probe: &Probe,
+        horizon: u32,
+    ) -> Result<Sequences> {
+        let prompts = audit::encode(base, &self.texts, horizon)?;
+        let sampling = Sampling {
+            max_new_tokens: horizon as usize - 1,
+            temperature: self.recipe.evaluate.temperature,
+            top_p: self.recipe.evaluate.top_p,
+            seed: self.recipe.seed,
+            stop: base.text.eos_ids(),
+            absent: base.text.absent_ids(base.decoder.config.vocab_size),
+        };
+        audit::read(base, adapter, name, &prompts, probe, &sampling)
     }
 }
 
