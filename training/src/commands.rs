@@ -1,5 +1,6 @@
 //! The command line: what each subcommand reads, does and prints.
 
+pub mod audit;
 mod logits;
 mod sample;
 
@@ -13,6 +14,7 @@ use emaudit_train::results::Results;
 use emaudit_train::{interrupt, report, store};
 use sample::SampleArgs;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,6 +22,7 @@ Examples:
   emaudit-train demo --quick                the same in a few minutes; evidence stays `untested`
   emaudit-train finetune --recipe my.toml   only the two adapters
   emaudit-train evaluate --recipe my.toml   everything up to results.json and the direction file
+  emaudit-train audit --directions directions.safetensors --model M --adapter A   clean or flagged, for pipelines
   emaudit-train report emaudit-out/results.json
   emaudit-train logits smollm2-135m-instruct --text 'The capital of France is'
   emaudit-train sample smollm2-135m-instruct --prompt 'Why is the sky blue?'
@@ -45,6 +48,7 @@ enum Command {
     Extract(RunArgs),
     /// Everything: adapters, directions, controls, results.json, direction file, report.
     Evaluate(RunArgs),
+    Audit(Box<audit::AuditArgs>),
     /// Render report.html from a results.json.
     Report {
         /// The results file.
@@ -124,10 +128,26 @@ fn device(text: &str) -> Result<Device, String> {
         .map_err(|e| format!("no CUDA device {ordinal}: {e}; build with --features cuda, or use cpu"))
 }
 
-/// Runs one command.
-pub fn run(cli: Cli) -> Result<()> {
+/// Runs one command; the exit status, whatever happened.
+pub fn run(cli: Cli) -> ExitCode {
+    let audit_as_json = match &cli.command {
+        Command::Audit(args) => Some(args.json),
+        _ => None,
+    };
+    match (perform(cli.command), audit_as_json) {
+        (Ok(code), _) => ExitCode::from(code),
+        (Err(error), Some(as_json)) => audit::refuse(&error, as_json),
+        (Err(error), None) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(command: Command) -> Result<u8> {
     interrupt::listen()?;
-    match cli.command {
+    let done = match command {
+        Command::Audit(args) => return args.run(),
         Command::Demo(args) => demo(args),
         Command::Finetune(args) => {
             let experiment = args.open()?;
@@ -154,7 +174,8 @@ pub fn run(cli: Cli) -> Result<()> {
         }
         Command::Sample(args) => sample::run(&args),
         Command::Logits(arguments) => logits::run(&arguments),
-    }
+    };
+    done.map(|()| 0)
 }
 
 impl RunArgs {
