@@ -9,6 +9,7 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
+use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
 use emaudit_train::{interrupt, report, store};
@@ -113,6 +114,14 @@ struct CommonArgs {
     /// Print the summary as JSON on stdout.
     #[arg(long)]
     json: bool,
+}
+
+fn storage(text: &str) -> Result<Storage, String> {
+    match text {
+        "none" => Ok(Storage::None),
+        "nf4" => Ok(Storage::Nf4),
+        other => Err(format!("`{other}` is neither `none` nor `nf4`")),
+    }
 }
 
 fn device(text: &str) -> Result<Device, String> {

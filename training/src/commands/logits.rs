@@ -30,7 +30,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 5)]
     top: usize,
     /// Storage of the linear weights: `none` or `nf4`, which also says how far its logits are from those of `none`.
-    #[arg(long, value_parser = storage, default_value = "none")]
+    #[arg(long, value_parser = super::storage, default_value = "none")]
     quantize: Storage,
     /// `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "cpu", value_parser = super::device)]
@@ -38,14 +38,6 @@ pub struct Arguments {
     /// JSON instead of text.
     #[arg(long)]
     json: bool,
-}
-
-fn storage(text: &str) -> Result<Storage, String> {
-    match text {
-        "none" => Ok(Storage::None),
-        "nf4" => Ok(Storage::Nf4),
-        other => Err(format!("`{other}` is neither `none` nor `nf4`")),
-    }
 }
 
 #[derive(Serialize)]
