@@ -3,8 +3,8 @@
 use crate::finetune::optimizer::LEAST_8BIT;
 use crate::finetune::{Example, HEAD_ROWS, Rows};
 use crate::model::{Decoder, Module};
-use crate::quant::DYNAMIC_BLOCK;
-use crate::recipe::{Finetune, Optimizer};
+use crate::quant::{DYNAMIC_BLOCK, PIECE_BYTES};
+use crate::recipe::{Compute, Finetune, Optimizer};
 use anyhow::{Result, bail};
 use std::fmt;
 use std::fs;
@@ -15,6 +15,8 @@ use std::path::Path;
 pub struct Estimate {
     /// The frozen model, as it is loaded.
     pub weights: usize,
+    /// Copies of NF4 weights in f32 that the first step makes, where they are small and products are in f32.
+    pub decoded: usize,
     /// A and B, with the gradients of a step and the best adapter so far where `patience` keeps it.
     pub adapter: usize,
     /// The moments.
@@ -39,6 +41,9 @@ struct Sizes {
     /// Rows of the largest batch, padding included, and those of them that predict a target.
     tokens: usize,
     targets: usize,
+    post_norms: bool,
+    /// Values of the largest weight that is decoded for every use in f32.
+    largest: usize,
 }
 
 impl Sizes {
@@ -62,6 +67,8 @@ impl Sizes {
             capped: c.logit_cap.is_some(),
             tokens: recipe.batch * longest,
             targets,
+            post_norms: c.post_norms,
+            largest: decoder.largest_decoded_each_time(),
         }
     }
 
@@ -74,6 +81,24 @@ impl Sizes {
             Module::ALL.into_iter().filter(|&m| c.has_bias(m)).map(|m| b.dims(m).0).sum::<usize>()
         });
         leaving + heads + biased
+    }
+
+    /// Bytes for a batch on the CPU, where forward and backward are written out; `rank` is that of all adapters of a
+    /// block together, `half` says that products are in bf16.
+    fn direct(&self, checkpointing: bool, rank: usize, half: bool) -> usize {
+        let short = if half { 2 } else { 4 };
+        let left = if self.post_norms { 2 * self.hidden } else { 0 };
+        let rows = 2 * (self.queries + self.keys + self.intermediate) + rank + left;
+        let kept = self.tokens * (8 * self.hidden + short * rows);
+        let inputs = 4 * self.tokens * self.hidden;
+        let blocks = if checkpointing { self.layers * inputs + kept } else { self.layers * kept };
+        // The widest place is the feed-forward layer's backward: the inner values and the gradients of gate and up, in
+        // f32 and as products read them. Beside it the residual stream and attention, each with its gradients.
+        let widest = self.intermediate * if half { 8 + 3 * short } else { 12 };
+        let beside = 4 * (6 * self.hidden + 2 * self.queries + 2 * self.keys);
+        let head = self.targets.min(HEAD_ROWS) * self.vocabulary * if half { 6 } else { 4 };
+        let piece = if half { PIECE_BYTES } else { 4 * self.largest };
+        blocks + self.tokens * (widest + beside) + head + piece
     }
 
     /// f32 values that backward needs of one block: two norms, two residual sums, the outputs of o and down; q before
@@ -118,19 +143,29 @@ impl Estimate {
         let best = if recipe.patience > 0 { 4 * parameters } else { 0 };
         let summed = if recipe.gradient_accumulation > 1 { 4 * parameters } else { 0 };
         let sizes = Sizes::new(decoder, rows, recipe);
+        let half = recipe.compute == Compute::Bf16;
+        let checkpointing = recipe.gradient_checkpointing;
+        let activations = match decoder.device.is_cpu() {
+            true => {
+                let rank = recipe.rank * recipe.target_modules.len();
+                sizes.direct(checkpointing, rank, half) + 4 * parameters
+            }
+            false => sizes.activations(checkpointing, 4 * parameters),
+        };
         // A checkpoint is serialised in memory, at a time when no activations are held.
         let checkpoint = 4 * parameters + best + optimizer;
         Estimate {
             weights: decoder.bytes(),
+            decoded: if half && decoder.device.is_cpu() { 0 } else { decoder.bytes_to_decode() },
             adapter: 4 * parameters + best + summed,
             optimizer,
-            activations: sizes.activations(recipe.gradient_checkpointing, 4 * parameters).max(checkpoint),
+            activations: activations.max(checkpoint),
         }
     }
 
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.adapter + self.optimizer + self.activations
+        self.weights + self.decoded + self.adapter + self.optimizer + self.activations
     }
 
     /// Refuses what does not fit into `available` bytes beside the weights, which are loaded already; `lighter` is the
@@ -157,13 +192,13 @@ impl Estimate {
 
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Estimate { weights, adapter, optimizer, activations } = *self;
-        let [total, weights, adapter, optimizer, activations] =
-            [self.total(), weights, adapter, optimizer, activations].map(size);
-        write!(
-            f,
-            "{total}: weights {weights}, adapter {adapter}, optimizer {optimizer}, activations {activations}"
-        )
+        let Estimate { weights, decoded, adapter, optimizer, activations } = *self;
+        write!(f, "{}: weights {}", size(self.total()), size(weights))?;
+        if decoded > 0 {
+            write!(f, ", decoded {}", size(decoded))?;
+        }
+        let [adapter, optimizer, activations] = [adapter, optimizer, activations].map(size);
+        write!(f, ", adapter {adapter}, optimizer {optimizer}, activations {activations}")
     }
 }
 
@@ -210,7 +245,13 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_a_way_out() {
-        let e = Estimate { weights: 1 << 30, adapter: 1 << 28, optimizer: 1 << 28, activations: 3 << 30 };
+        let e = Estimate {
+            weights: 1 << 30,
+            decoded: 0,
+            adapter: 1 << 28,
+            optimizer: 1 << 28,
+            activations: 3 << 30,
+        };
         let lighter = Estimate { activations: 1 << 30, ..e };
         assert!(e.check(None, &lighter).is_ok() && e.check(Some(7 << 29), &lighter).is_ok());
         let error = e.check(Some((7 << 29) - 1), &lighter).unwrap_err().to_string();

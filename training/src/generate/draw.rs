@@ -1,7 +1,7 @@
 //! One token from one row of logits.
 
 use super::Sampling;
-use crate::model::exp;
+use crate::model::vector::exp;
 use crate::random;
 
 /// Weights that are added up apart, so that compilers can do it in vectors and a draw can skip whole runs.

@@ -6,7 +6,7 @@ use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products}
 use anyhow::Result;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Shape, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -26,12 +26,13 @@ pub struct Frozen {
 }
 
 /// All are row-major, `[out, in]`: a tied head then shares the embedding's memory, and [`matvec`] reads rows as they lie.
-enum Weight {
+pub(super) enum Weight {
     Full(Tensor),
-    /// `decoded` is kept where memory allows: small models decode once instead of for every use by many rows.
+    /// `decoded` is kept from its first use by many rows where memory allows: small models decode once instead of for
+    /// every use.
     Quantized {
         nf4: Nf4,
-        decoded: Option<Tensor>,
+        decoded: Option<OnceLock<Tensor>>,
         device: Device,
     },
 }
@@ -45,8 +46,7 @@ impl Frozen {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
                 let device = weight.device().clone();
-                let decoded = keep_decoded.then(|| decode(&nf4, &device)).transpose()?;
-                Weight::Quantized { nf4, decoded, device }
+                Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new), device }
             }
         };
         Ok(Frozen { weight: Arc::new(weight), bias })
@@ -64,18 +64,46 @@ impl Frozen {
     pub fn weight(&self) -> candle_core::Result<Tensor> {
         match &*self.weight {
             Weight::Full(w) => Ok(w.clone()),
-            Weight::Quantized { decoded: Some(w), .. } => Ok(w.clone()),
+            Weight::Quantized { nf4, decoded: Some(kept), device } => {
+                if let Some(w) = kept.get() {
+                    return Ok(w.clone());
+                }
+                let w = decode(nf4, device)?;
+                // Another thread may have been first; its values are the same.
+                Ok(kept.get_or_init(|| w).clone())
+            }
             Weight::Quantized { nf4, device, .. } => decode(nf4, device),
         }
     }
 
-    /// Bytes of the weight as it is held, a kept decoded copy included.
+    /// The weight as it is stored.
+    pub(super) fn stored(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias.
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// Bytes of the weight as it is held, a decoded copy included once there is one.
     pub fn bytes(&self) -> usize {
         match &*self.weight {
             Weight::Full(w) => 4 * w.elem_count(),
             Weight::Quantized { nf4, decoded, .. } => {
-                nf4.bytes() + decoded.as_ref().map_or(0, |w| 4 * w.elem_count())
+                nf4.bytes() + decoded.as_ref().and_then(OnceLock::get).map_or(0, |w| 4 * w.elem_count())
             }
+        }
+    }
+
+    /// Values that are decoded to f32 once, at the first use yet to come, and those that are for every use.
+    pub fn to_decode(&self) -> (usize, usize) {
+        match &*self.weight {
+            Weight::Quantized { nf4, decoded: Some(kept), .. } if kept.get().is_none() => {
+                (nf4.rows * nf4.cols, 0)
+            }
+            Weight::Quantized { nf4, decoded: None, .. } => (0, nf4.rows * nf4.cols),
+            _ => (0, 0),
         }
     }
 
