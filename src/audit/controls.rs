@@ -6,6 +6,9 @@ use crate::controls;
 use crate::probe::{Probe, ScoreUnit};
 use serde::Serialize;
 
+/// How a family is drawn from a seed.
+type Draw = fn(&[f32], u64) -> Vec<f32>;
+
 /// Rows scored at a time.
 const BLOCK: usize = 64;
 
@@ -115,7 +118,7 @@ impl ControlBattery {
         let found = directions.layer(layer)?;
         let (mut probes, mut families) = (vec![probe.clone()], Vec::new());
         for family in &evidence.families {
-            let draw: Option<fn(&[f32], u64) -> Vec<f32>> = match family.family.as_str() {
+            let draw: Option<Draw> = match family.family.as_str() {
                 "random" => Some(controls::random),
                 "orthogonal" => Some(controls::orthogonal),
                 _ => None,

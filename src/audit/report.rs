@@ -3,6 +3,7 @@
 use super::{AuditVerdict, ControlRanks};
 use crate::directions::schema::{CAUSAL_P, Specificity};
 use crate::drift::{DriftReport, DriftState};
+use crate::error::Error;
 use crate::probe::Probe;
 use crate::verdict::State;
 use serde::ser::{Serialize, SerializeMap, Serializer};
@@ -37,6 +38,14 @@ impl AuditReport {
             reference: None,
             controls: Err("no calm reference rows were given".into()),
         }
+    }
+
+    /// Adds the ranks among the controls, or the reason why there are none.
+    pub fn compare(&mut self, ranks: crate::Result<ControlRanks>) {
+        self.controls = ranks.map_err(|refusal| match refusal {
+            Error::InvalidArgument(sentence) => sentence,
+            other => other.to_string(),
+        });
     }
 
     /// The families along whose controls the model moved about as far as along the direction.

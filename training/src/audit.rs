@@ -130,7 +130,7 @@ pub fn judge(
     let mut report = AuditReport::new(probe, audit.verdict());
     report.reference = drift.map(|drift| drift.report());
     if let Some(calm) = calm {
-        report.controls = controls(probe, suspect, calm).map_err(|refusal| refusal.to_string());
+        report.compare(controls(probe, suspect, calm));
     }
     Ok(report)
 }

@@ -183,7 +183,7 @@ impl World {
         };
         let tensors =
             [LayerTensors { layer: LAYER as u32, direction: &d.direction, aligned_mean: &d.aligned_mean }];
-        write(self.0.path().join("directions.safetensors"), &manifest, &tensors).unwrap();
+        write(&self.0.path().join("directions.safetensors"), &manifest, &tensors).unwrap();
     }
 
     fn run(&self, options: &[&str]) -> Output {

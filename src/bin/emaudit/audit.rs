@@ -129,7 +129,7 @@ impl Audit {
         };
         let mut audit = emaudit::Audit::new(&probe, options)?;
         let lengths = self.lengths(&suspect)?;
-        let mut controls = ControlBattery::new(&probe).map_err(|refusal| refusal.to_string());
+        let mut controls = ControlBattery::new(&probe);
         let drift = match &self.reference {
             None => None,
             Some(path) => {
@@ -150,8 +150,7 @@ impl Audit {
         let mut report = AuditReport::new(&probe, audit.verdict());
         if let Some(drift) = drift {
             report.reference = Some(drift.report());
-            report.controls =
-                controls.and_then(|battery| battery.ranks().map_err(|refusal| refusal.to_string()));
+            report.compare(controls.and_then(|battery| battery.ranks()));
         }
         Ok(self.told(&directions, &probe, &report))
     }
