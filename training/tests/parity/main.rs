@@ -13,5 +13,7 @@ mod nf4;
 mod optimizer;
 mod real;
 mod refusals;
+#[path = "../../../tests/skipped/mod.rs"]
+mod skipped;
 mod steering;
 mod training;
