@@ -251,6 +251,14 @@ impl<'a> Rows<'a> {
         self.layout.stride
     }
 
+    /// `count` rows from `first` on. Panics outside the view.
+    pub(crate) fn part(&self, first: usize, count: usize) -> Rows<'a> {
+        assert!(first + count <= self.layout.rows, "rows outside the view");
+        let offset = first * self.layout.stride * self.layout.dtype.size();
+        // Never beyond the last row's end; where nothing is read the address does not matter.
+        Rows { data: self.data.wrapping_add(offset), layout: Layout { rows: count, ..self.layout }, ..*self }
+    }
+
     /// One row. Panics outside the view or for another dtype.
     pub fn row<T: Element>(&self, row: usize) -> &'a [T] {
         let offset = self.layout.offset::<T>(row);
