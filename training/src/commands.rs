@@ -1,5 +1,7 @@
 //! The command line: what each subcommand reads, does and prints.
 
+pub mod audit;
+
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
@@ -11,6 +13,7 @@ use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
 use emaudit_train::{base, fetch, interrupt, report, store};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +21,7 @@ Examples:
   emaudit-train demo --quick                the same in a few minutes; evidence stays `untested`
   emaudit-train finetune --recipe my.toml   only the two adapters
   emaudit-train evaluate --recipe my.toml   everything up to results.json and the direction file
+  emaudit-train audit --directions directions.safetensors --model M --adapter A   clean or flagged, for pipelines
   emaudit-train report emaudit-out/results.json
   emaudit-train logits smollm2-135m-instruct --text 'The capital of France is'
 
@@ -42,6 +46,7 @@ enum Command {
     Extract(RunArgs),
     /// Everything: adapters, directions, controls, results.json, direction file, report.
     Evaluate(RunArgs),
+    Audit(Box<audit::AuditArgs>),
     /// Render report.html from a results.json.
     Report {
         /// The results file.
@@ -142,10 +147,26 @@ fn device(text: &str) -> Result<Device, String> {
         .map_err(|e| format!("no CUDA device {ordinal}: {e}; build with --features cuda, or use cpu"))
 }
 
-/// Runs one command.
-pub fn run(cli: Cli) -> Result<()> {
+/// Runs one command; the exit status, whatever happened.
+pub fn run(cli: Cli) -> ExitCode {
+    let audit_as_json = match &cli.command {
+        Command::Audit(args) => Some(args.json),
+        _ => None,
+    };
+    match (perform(cli.command), audit_as_json) {
+        (Ok(code), _) => ExitCode::from(code),
+        (Err(error), Some(as_json)) => audit::refuse(&error, as_json),
+        (Err(error), None) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(command: Command) -> Result<u8> {
     interrupt::listen()?;
-    match cli.command {
+    let done = match command {
+        Command::Audit(args) => return args.run(),
         Command::Demo(args) => demo(args),
         Command::Finetune(args) => {
             let experiment = args.open()?;
@@ -170,7 +191,8 @@ pub fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Command::Logits { model, text, top, quantize, json } => logits(&model, &text, top, quantize, json),
-    }
+    };
+    done.map(|()| 0)
 }
 
 impl RunArgs {

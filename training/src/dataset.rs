@@ -109,6 +109,8 @@ pub struct PromptSet {
     pub mentioning_code: usize,
     /// Rows left out because an earlier row has the same text.
     pub repeated: usize,
+    /// The file itself says which split each prompt is in.
+    pub states_splits: bool,
 }
 
 impl PromptSet {
@@ -222,6 +224,7 @@ fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<P
          least 3, and a stated 1 % false-positive rate at least 299 in calibration",
         kept.len()
     );
+    let states_splits = kept[0].split.is_some();
     let assigned = assign_splits(kept.len(), seed);
     let prompts: Vec<Prompt> = kept
         .into_iter()
@@ -238,7 +241,7 @@ fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<P
             "{label} states splits, but has no prompt in {split}"
         );
     }
-    Ok(PromptSet { name, prompts, sha256: sha256_hex(bytes), mentioning_code, repeated })
+    Ok(PromptSet { name, prompts, sha256: sha256_hex(bytes), mentioning_code, repeated, states_splits })
 }
 
 /// A split for each of `count >= 3` rows, in the proportions of the embedded set and never empty.
