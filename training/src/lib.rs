@@ -18,6 +18,7 @@ pub mod generate;
 pub mod interrupt;
 pub mod likelihood;
 pub mod lora;
+pub mod matrix;
 pub mod memory;
 pub mod middle;
 pub mod model;
