@@ -32,3 +32,4 @@ pub mod results;
 pub mod spillover;
 pub mod statistics;
 pub mod store;
+pub mod transfer;
