@@ -22,6 +22,7 @@ pub mod matrix;
 pub mod memory;
 pub mod middle;
 pub mod model;
+pub mod perturb;
 pub mod preference;
 pub mod progress;
 pub mod quant;

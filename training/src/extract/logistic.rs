@@ -47,6 +47,7 @@ pub(super) fn axis(standardised: &Standardised, groups: &Groups<'_>, penalty: f6
 /// Weights, intercept, and how they were found.
 pub(crate) struct Fitted {
     pub weights: Vec<f64>,
+    pub intercept: f64,
     pub steps: usize,
     pub loss: f64,
 }
@@ -78,7 +79,7 @@ pub(crate) fn fit(x: MatRef<'_, f64>, labels: &[f64], penalty: f64) -> Result<Fi
         // Newton converges quadratically: after this step the error is of the order of the rounding.
         if decrement <= 1e-14 * (1.0 + value) {
             let loss = loss(x, labels, &weights, intercept) / n as f64;
-            return Ok(Fitted { weights, steps, loss });
+            return Ok(Fitted { weights, intercept, steps, loss });
         }
     }
     Err(anyhow!(
