@@ -30,6 +30,7 @@ pub mod random;
 pub mod recipe;
 pub mod report;
 pub mod results;
+pub mod security;
 pub mod spillover;
 pub mod statistics;
 pub mod store;
