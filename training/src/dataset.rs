@@ -440,7 +440,7 @@ mod tests {
                 "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}",
                 "not the user's",
             ),
-            ("[]", "line 1: "),
+            ("[]", "is one JSON array"),
             ("", "is empty"),
         ] {
             let error = format!("{:#}", read_questions(file(text).path()).unwrap_err());
