@@ -398,8 +398,9 @@ fn leading_digits(bytes: [u8; 8]) -> (usize, u64) {
 
 /// The binary64 nearest to `mantissa / ten`, for a power of ten up to 10^19.
 fn quotient(mantissa: u64, ten: u64) -> f64 {
-    if mantissa == 0 {
-        return 0.0;
+    // Both are exact in binary64, so the one rounding of their division is the right one.
+    if mantissa <= 1 << 53 {
+        return mantissa as f64 / ten as f64;
     }
     let (up, ten_up) = (mantissa.leading_zeros(), ten.leading_zeros());
     let (dividend, divisor) = (u128::from(mantissa << up) << 63, u128::from(ten << ten_up));
