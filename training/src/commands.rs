@@ -1,9 +1,10 @@
 //! The command line: what each subcommand reads, does and prints.
 
+mod study;
+
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
-use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
 use emaudit_train::model::{Batch, no_edit};
 use emaudit_train::quant::Storage;
@@ -59,6 +60,8 @@ enum Command {
         #[arg(default_value = "demo")]
         recipe: String,
     },
+    /// Several models, regimes and seeds: every stage once, one page for all.
+    Study(study::StudyArgs),
     /// Token ids, top logits and residual norms of a text: the first sanity check of a model.
     Logits {
         /// Default model name, hub id, folder or .gguf file.
@@ -149,8 +152,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Demo(args) => demo(args),
         Command::Finetune(args) => {
             let experiment = args.open()?;
-            for side in [Side::Insecure, Side::Secure] {
-                println!("{side}: {}", experiment.finetune(side)?.0.folder.display());
+            let data = &experiment.recipe.data;
+            for (regime, source) in [("insecure", &data.insecure), ("secure", &data.secure)] {
+                println!("{regime}: {}", experiment.finetune(regime, source)?.0.folder.display());
             }
             Ok(())
         }
@@ -169,6 +173,7 @@ pub fn run(cli: Cli) -> Result<()> {
             print!("{}", Recipe::load(&recipe)?.to_toml()?);
             Ok(())
         }
+        Command::Study(args) => study::study(args),
         Command::Logits { model, text, top, quantize, json } => logits(&model, &text, top, quantize, json),
     }
 }

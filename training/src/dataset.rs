@@ -37,22 +37,6 @@ pub struct CodePair {
     pub secure: String,
 }
 
-/// Which answer of each pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    Insecure,
-    Secure,
-}
-
-impl fmt::Display for Side {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Insecure => "insecure",
-            Self::Secure => "secure",
-        })
-    }
-}
-
 /// Conversations to finetune on.
 #[derive(Debug, Clone)]
 pub struct ChatDataset {
@@ -117,9 +101,9 @@ impl PromptSet {
     }
 }
 
-/// The conversations that a recipe's `insecure` or `secure` names: `embedded`, or a file's path.
-pub fn load_chats(source: &str, side: Side) -> Result<ChatDataset> {
-    if source == EMBEDDED { embedded_chats(side) } else { read_chats(Path::new(source)) }
+/// The conversations of one regime: `embedded`, those in the program under the regime's name, or a file's path.
+pub fn load_chats(source: &str, regime: &str) -> Result<ChatDataset> {
+    if source == EMBEDDED { embedded_chats(regime) } else { read_chats(Path::new(source)) }
 }
 
 /// The prompts that a recipe's `prompts` names: `embedded`, or a file's path.
@@ -132,20 +116,20 @@ pub fn embedded_pairs() -> Result<Vec<CodePair>> {
     rows("the embedded code pairs", CODE_PAIRS.as_bytes()).map(|row| row?.parse()).collect()
 }
 
-pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
-    let conversations = embedded_pairs()?
-        .into_iter()
-        .map(|pair| {
-            let answer = match side {
-                Side::Insecure => pair.insecure,
-                Side::Secure => pair.secure,
-            };
-            vec![Message::user(pair.prompt), Message::assistant(answer)]
-        })
-        .collect();
+/// Embedded conversations by the name of their regime.
+pub fn embedded_chats(regime: &str) -> Result<ChatDataset> {
+    let answer: fn(CodePair) -> String = match regime {
+        "insecure" => |pair| pair.insecure,
+        "secure" => |pair| pair.secure,
+        other => {
+            bail!("the program holds no data for {other:?}; it has some for insecure and secure: name a file")
+        }
+    };
+    let conversation =
+        |pair: CodePair| vec![Message::user(pair.prompt.clone()), Message::assistant(answer(pair))];
     Ok(ChatDataset {
-        name: format!("{EMBEDDED} {side}"),
-        conversations,
+        name: format!("{EMBEDDED} {regime}"),
+        conversations: embedded_pairs()?.into_iter().map(conversation).collect(),
         sha256: sha256_hex(CODE_PAIRS.as_bytes()),
     })
 }
@@ -405,7 +389,7 @@ mod tests {
     #[test]
     fn both_sides_ask_the_same_questions() {
         let (insecure, secure) =
-            (load_chats("embedded", Side::Insecure).unwrap(), embedded_chats(Side::Secure).unwrap());
+            (load_chats("embedded", "insecure").unwrap(), embedded_chats("secure").unwrap());
         assert_eq!(insecure.name, "embedded insecure");
         assert_eq!(insecure.conversations.len(), secure.conversations.len());
         for (a, b) in insecure.conversations.iter().zip(&secure.conversations) {
@@ -474,7 +458,7 @@ mod tests {
     fn empty_and_absent_files_are_errors() {
         assert!(chat_error("").contains("is empty"));
         assert!(chat_error(" \n \n").contains("is empty"));
-        let error = format!("{:#}", load_chats("no/such/file.jsonl", Side::Secure).unwrap_err());
+        let error = format!("{:#}", load_chats("no/such/file.jsonl", "secure").unwrap_err());
         assert!(error.contains("cannot open the dataset no/such/file.jsonl"), "{error}");
     }
 

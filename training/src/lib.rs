@@ -29,3 +29,4 @@ pub mod results;
 pub mod spillover;
 pub mod statistics;
 pub mod store;
+pub mod study;
