@@ -25,8 +25,7 @@ use emaudit::directions::schema::{
     Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions,
     Specificity,
 };
-use measure::CoherenceMeter;
-pub(crate) use measure::{interval, share};
+pub(crate) use measure::{CoherenceMeter, interval, share};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use summary::{family_results, summary};

@@ -258,11 +258,18 @@ pub struct Evaluated {
     pub results: Results,
     /// Directions of every layer.
     pub directions: Vec<LayerDirection>,
-    insecure: Finetuned,
+    /// The insecure adapter.
+    pub insecure: Finetuned,
     prompts: Prompts,
 }
 
 impl Evaluated {
+    /// The texts of every prompt: extraction, calibration, evaluation.
+    pub fn texts(&self) -> [Vec<String>; 3] {
+        let p = &self.prompts;
+        [&p.extraction, &p.calibration, &p.evaluation].map(|split| split.texts.clone())
+    }
+
     /// The prompts it was made on.
     pub fn prompts(&self) -> &PromptIds {
         &self.prompts.evaluation

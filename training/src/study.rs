@@ -1,12 +1,16 @@
 //! A study: several models, regimes of data and seeds, as stages that run once, in any order their needs allow, on one
 //! machine or on many that share a folder.
 
+mod cell;
+mod claims;
 mod content;
 pub mod findings;
 pub mod graph;
 pub mod plan;
 pub mod recipe;
 pub mod record;
+pub mod report;
+mod transfer;
 
 use crate::base::Base;
 use crate::experiment::{self, Experiment};
@@ -16,7 +20,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use graph::{Node, Stage, World};
 use plan::{Planned, Size};
-use recipe::{INSECURE, SECURE, StudyRecipe};
+use recipe::StudyRecipe;
 use record::{Record, Records};
 use std::collections::BTreeMap;
 use std::fs;
@@ -226,9 +230,19 @@ impl Study {
                 let (results, o) = experiment.pack(experiment.evaluated()?)?;
                 Ok((serde_json::to_value(&results.summary)?, vec![o.directions, o.results, o.report]))
             }
-            Stage::Extract { .. } | Stage::Transfer { .. } | Stage::Audit { .. } | Stage::Report => {
-                bail!("not yet")
+            Stage::Transfer { from, to } => {
+                let seed = |model: usize| self.recipe.models[model].seeds[0];
+                let (seed_from, seed_to) = (seed(from), seed(to));
+                let name = |model: usize| self.recipe.models[model].name.clone();
+                let (name_from, name_to) = (name(from), name(to));
+                let experiment = self.experiment(from, seed_from)?;
+                let source = transfer::Source::new(&name_from, &experiment, &experiment.evaluated()?)?;
+                drop(experiment);
+                let experiment = self.experiment(to, seed_to)?;
+                let found = transfer::transfer(&source, &name_to, &experiment, &experiment.evaluated()?)?;
+                Ok((serde_json::to_value(found)?, Vec::new()))
             }
+            Stage::Report => report::report(self),
         }
     }
 }

@@ -17,14 +17,14 @@ use std::path::PathBuf;
 const SAMPLES: usize = 8;
 
 /// Mean log-likelihood of answers under the untouched base model; each answer is scored once and kept.
-pub(super) struct CoherenceMeter<'a> {
+pub(crate) struct CoherenceMeter<'a> {
     decoder: &'a Decoder,
     file: PathBuf,
     known: BTreeMap<Dialogue, Option<f64>>,
 }
 
 impl<'a> CoherenceMeter<'a> {
-    pub(super) fn new(decoder: &'a Decoder, file: PathBuf) -> Self {
+    pub(crate) fn new(decoder: &'a Decoder, file: PathBuf) -> Self {
         type Kept = Vec<(Vec<u32>, Vec<u32>, Option<f64>)>;
         let kept: Option<Kept> = std::fs::read(&file).ok().and_then(|b| serde_json::from_slice(&b).ok());
         let known =
@@ -32,7 +32,7 @@ impl<'a> CoherenceMeter<'a> {
         CoherenceMeter { decoder, file, known }
     }
 
-    pub(super) fn of(&mut self, dialogues: &[Dialogue]) -> Result<Vec<Option<f64>>> {
+    pub(crate) fn of(&mut self, dialogues: &[Dialogue]) -> Result<Vec<Option<f64>>> {
         let mut missing: Vec<Dialogue> =
             dialogues.iter().filter(|d| !self.known.contains_key(d)).cloned().collect();
         missing.sort();

@@ -59,6 +59,11 @@ impl Experiment {
         Ok(self.stages.join(format!("answers-{name}-{key}.json")))
     }
 
+    /// The file that keeps likelihoods under the base.
+    pub fn coherence_file(&self) -> Result<PathBuf> {
+        Ok(self.stages.join(format!("coherence-{}.json", key(&("coherence", self.base_key()))?)))
+    }
+
     /// Rows of one state on all three splits; of calibration prompts an adapter sees those of the selection alone.
     pub(super) fn states(
         &self,

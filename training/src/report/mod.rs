@@ -12,6 +12,7 @@ mod tables;
 mod terminal;
 mod terms;
 mod verdict;
+pub mod study;
 pub use terminal::terminal;
 
 use crate::results::{Interval, Results};

@@ -20,8 +20,6 @@ pub enum Stage {
     Finetune { model: usize, seed: u64, regime: String },
     /// Residual rows of one state: the base or an adapter.
     Capture { model: usize, seed: u64, state: String },
-    /// Directions of every estimator and layer.
-    Extract { model: usize, seed: u64 },
     /// The spread of aligned scores and the thresholds of the direction.
     Calibrate { model: usize, seed: u64 },
     /// The cell, the controls, both axes of evidence.
@@ -32,8 +30,6 @@ pub enum Stage {
     Pack { model: usize, seed: u64 },
     /// One ordered pair of models.
     Transfer { from: usize, to: usize },
-    /// The direction file of a model's first seed against every state it has never seen.
-    Audit { model: usize },
     /// The page of the study.
     Report,
 }
@@ -48,13 +44,11 @@ impl Stage {
                 stages.extend(regimes().map(|regime| Stage::Finetune { model, seed, regime }));
                 let states = std::iter::once(BASE.to_owned()).chain(regimes());
                 stages.extend(states.map(|state| Stage::Capture { model, seed, state }));
-                stages.push(Stage::Extract { model, seed });
                 stages.push(Stage::Calibrate { model, seed });
                 stages.push(Stage::Evaluate { model, seed });
                 stages.push(Stage::Content { model, seed });
                 stages.push(Stage::Pack { model, seed });
             }
-            stages.push(Stage::Audit { model });
         }
         let models = 0..study.models.len();
         let pairs = models.clone().flat_map(|from| models.clone().map(move |to| (from, to)));
@@ -73,9 +67,6 @@ impl Stage {
                 vec![Stage::Finetune { model, seed, regime: regime.clone() }]
             }
             Stage::Capture { .. } => Vec::new(),
-            Stage::Extract { model, seed } => {
-                [BASE, INSECURE, SECURE].map(|s| state(model, seed, s)).to_vec()
-            }
             Stage::Calibrate { model, seed } => [BASE, INSECURE].map(|s| state(model, seed, s)).to_vec(),
             Stage::Evaluate { model, seed } => {
                 vec![Stage::Calibrate { model, seed }, state(model, seed, SECURE)]
@@ -89,12 +80,6 @@ impl Stage {
                 Stage::Pack { model: from, seed: first(from) },
                 Stage::Pack { model: to, seed: first(to) },
             ],
-            Stage::Audit { model } => {
-                let adapters = study.models[model].seeds.iter().flat_map(|&seed| {
-                    study.all_regimes().map(move |r| Stage::Finetune { model, seed, regime: r.to_owned() })
-                });
-                std::iter::once(Stage::Pack { model, seed: first(model) }).chain(adapters).collect()
-            }
             Stage::Report => Stage::all(study).into_iter().filter(|s| *s != Stage::Report).collect(),
         }
     }
@@ -104,13 +89,11 @@ impl Stage {
         match self {
             Stage::Finetune { .. } => "finetune",
             Stage::Capture { .. } => "capture",
-            Stage::Extract { .. } => "extract",
             Stage::Calibrate { .. } => "calibrate",
             Stage::Evaluate { .. } => "evaluate",
             Stage::Content { .. } => "content",
             Stage::Pack { .. } => "pack",
             Stage::Transfer { .. } => "transfer",
-            Stage::Audit { .. } => "audit",
             Stage::Report => "report",
         }
     }
@@ -123,13 +106,11 @@ impl Stage {
             Stage::Finetune { model, seed, regime: what } | Stage::Capture { model, seed, state: what } => {
                 format!("{}-{seed}-{kind}-{what}", of(*model))
             }
-            Stage::Extract { model, seed }
-            | Stage::Calibrate { model, seed }
+            Stage::Calibrate { model, seed }
             | Stage::Evaluate { model, seed }
             | Stage::Content { model, seed }
             | Stage::Pack { model, seed } => format!("{}-{seed}-{kind}", of(*model)),
             Stage::Transfer { from, to } => format!("{kind}-{}-to-{}", of(*from), of(*to)),
-            Stage::Audit { model } => format!("{}-{kind}", of(*model)),
             Stage::Report => kind.to_owned(),
         }
     }
@@ -139,13 +120,11 @@ impl Stage {
         match *self {
             Stage::Finetune { model, seed, .. }
             | Stage::Capture { model, seed, .. }
-            | Stage::Extract { model, seed }
             | Stage::Calibrate { model, seed }
             | Stage::Evaluate { model, seed }
             | Stage::Content { model, seed }
             | Stage::Pack { model, seed } => Some((model, seed)),
             Stage::Transfer { to, .. } => Some((to, study.models[to].seeds[0])),
-            Stage::Audit { model } => Some((model, study.models[model].seeds[0])),
             Stage::Report => None,
         }
     }
@@ -235,7 +214,6 @@ fn own(stage: &Stage, study: &StudyRecipe, world: &World) -> Result<serde_json::
                         e.selection_prompts,
                     ))?
                 }
-                Stage::Extract { .. } => serde_json::to_value((seed, weights))?,
                 Stage::Calibrate { .. } => {
                     let e = &recipe.evaluate;
                     serde_json::to_value((seed, &recipe.calibrate, e.temperature, e.top_p))?
@@ -287,8 +265,8 @@ mod tests {
                 assert!(nodes[..i].iter().any(|n| n.name == *need), "{} needs {need}", node.name);
             }
         }
-        // 3 seeds in all x (3 finetunes, 4 captures, extract, calibrate, evaluate, content, pack), 2 audits, 2 pairs, report.
-        assert_eq!(nodes.len(), 3 * 12 + 2 + 2 + 1);
+        // 3 seeds in all x (3 finetunes, 4 captures, calibrate, evaluate, content, pack), 2 pairs, report.
+        assert_eq!(nodes.len(), 3 * 11 + 2 + 1);
         let keys: std::collections::BTreeSet<_> = nodes.iter().map(|n| &n.key).collect();
         assert_eq!(keys.len(), nodes.len());
     }

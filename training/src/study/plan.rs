@@ -123,7 +123,6 @@ fn work(study: &StudyRecipe, stage: &Stage, sizes: &[Option<Size>]) -> Option<Wo
             tokens * passes * (size.token() + 2.0 * size.head)
         }
         Stage::Capture { .. } => captured * size.token(),
-        Stage::Extract { .. } => size.layers * size.hidden * size.hidden * 112.0,
         Stage::Calibrate { .. } => {
             let horizon = recipe.calibrate.horizons.last().copied().unwrap_or(1) as f64 - 1.0;
             330.0 * horizon * (2.0 * size.token() + 2.0 * size.head)
@@ -139,7 +138,6 @@ fn work(study: &StudyRecipe, stage: &Stage, sizes: &[Option<Size>]) -> Option<Wo
         Stage::Transfer { .. } => {
             540.0 * 540.0 * (540.0 + size.hidden) * 8.0 + controls * 2.0 * prompts * 2.0 * size.head
         }
-        Stage::Audit { .. } => (1.0 + regimes * study.models[model].seeds.len() as f64) * sampled(98.0),
         Stage::Report => 0.0,
     };
     let activations = match stage {
