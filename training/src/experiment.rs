@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Changes whenever a stage's output would change for the same inputs.
-const STAGE_VERSION: u32 = 4;
+const STAGE_VERSION: u32 = 5;
 
 /// An output folder and the recipe that fills it.
 pub struct Experiment {
@@ -65,7 +65,14 @@ pub fn load(recipe: &Recipe, device: &Device) -> Result<Base> {
     let name = Path::new(&recipe.model.id)
         .file_name()
         .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
-    base::load(path, &name, recipe.model.quantize, device)
+    let base = base::load(path, &name, recipe.model.quantize, device)?;
+    if !base.text.has_template() {
+        progress::note(
+            "the model carries no chat template, so it is taken for a base model and gets a plain one: `User:` and \
+             `Assistant:` on lines of their own, the end-of-text token after every answer",
+        );
+    }
+    Ok(base)
 }
 
 fn key(parts: &impl Serialize) -> Result<String> {
@@ -146,8 +153,8 @@ impl Experiment {
     pub fn evaluated(&self) -> Result<Evaluated> {
         // Everything is read and checked before the first expensive step.
         let prompts = self.prompts()?;
+        self.check_rows()?;
         let data = &self.recipe.data;
-        dataset::load_chats(&data.secure, "secure")?;
         let (insecure, insecure_data) = self.finetune("insecure", &data.insecure)?;
         let (secure, secure_data) = self.finetune("secure", &data.secure)?;
         let datasets = vec![

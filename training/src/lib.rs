@@ -1,6 +1,8 @@
 //! Finetunes with QLoRA, extracts directions, evaluates them against controls, writes direction files.
 
+pub mod accelerator;
 pub mod answers;
+pub mod audit;
 pub mod base;
 pub mod battery;
 pub mod calibrate;

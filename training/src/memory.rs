@@ -2,9 +2,9 @@
 
 use crate::finetune::optimizer::LEAST_8BIT;
 use crate::finetune::{Example, HEAD_ROWS, Rows};
-use crate::model::Decoder;
-use crate::quant::DYNAMIC_BLOCK;
-use crate::recipe::{Finetune, Optimizer};
+use crate::model::{Decoder, Module};
+use crate::quant::{DYNAMIC_BLOCK, PIECE_BYTES};
+use crate::recipe::{Compute, Finetune, Optimizer};
 use anyhow::{Result, bail};
 use std::fmt;
 use std::fs;
@@ -15,6 +15,8 @@ use std::path::Path;
 pub struct Estimate {
     /// The frozen model, as it is loaded.
     pub weights: usize,
+    /// Copies of NF4 weights in f32 that the first step makes, where they are small and products are in f32.
+    pub decoded: usize,
     /// A and B, with the gradients of a step and the best adapter so far where `patience` keeps it.
     pub adapter: usize,
     /// The moments.
@@ -32,9 +34,16 @@ struct Sizes {
     intermediate: usize,
     vocabulary: usize,
     layers: usize,
+    /// Values per token and block that only some families keep.
+    of_family: usize,
+    /// Whether logits are kept before and after a cap.
+    capped: bool,
     /// Rows of the largest batch, padding included, and those of them that predict a target.
     tokens: usize,
     targets: usize,
+    post_norms: bool,
+    /// Values of the largest weight that is decoded for every use in f32.
+    largest: usize,
 }
 
 impl Sizes {
@@ -54,15 +63,49 @@ impl Sizes {
             intermediate: c.intermediate_size,
             vocabulary: c.vocab_size,
             layers: c.n_layers,
+            of_family: Self::of_family(decoder),
+            capped: c.logit_cap.is_some(),
             tokens: recipe.batch * longest,
             targets,
+            post_norms: c.post_norms,
+            largest: decoder.largest_decoded_each_time(),
         }
+    }
+
+    /// Norms of what both halves return, of q and of k; what a biased layer gives before its bias.
+    fn of_family(decoder: &Decoder) -> usize {
+        let c = &decoder.config;
+        let leaving = if c.post_norms { 2 * c.hidden_size } else { 0 };
+        let heads = if c.query_key_norms { (c.n_heads + c.n_kv_heads) * c.head_dim } else { 0 };
+        let biased = decoder.blocks().first().map_or(0, |b| {
+            Module::ALL.into_iter().filter(|&m| c.has_bias(m)).map(|m| b.dims(m).0).sum::<usize>()
+        });
+        leaving + heads + biased
+    }
+
+    /// Bytes for a batch on the CPU, where forward and backward are written out; `rank` is that of all adapters of a
+    /// block together, `half` says that products are in bf16.
+    fn direct(&self, checkpointing: bool, rank: usize, half: bool) -> usize {
+        let short = if half { 2 } else { 4 };
+        let left = if self.post_norms { 2 * self.hidden } else { 0 };
+        let rows = 2 * (self.queries + self.keys + self.intermediate) + rank + left;
+        let kept = self.tokens * (8 * self.hidden + short * rows);
+        let inputs = 4 * self.tokens * self.hidden;
+        let blocks = if checkpointing { self.layers * inputs + kept } else { self.layers * kept };
+        // The widest place is the feed-forward layer's backward: the inner values and the gradients of gate and up, in
+        // f32 and as products read them. Beside it the residual stream and attention, each with its gradients.
+        let widest = self.intermediate * if half { 8 + 3 * short } else { 12 };
+        let beside = 4 * (6 * self.hidden + 2 * self.queries + 2 * self.keys);
+        let head = self.targets.min(HEAD_ROWS) * self.vocabulary * if half { 6 } else { 4 };
+        let piece = if half { PIECE_BYTES } else { 4 * self.largest };
+        blocks + self.tokens * (widest + beside) + head + piece
     }
 
     /// f32 values that backward needs of one block: two norms, two residual sums, the outputs of o and down; q before
     /// and after its rotation, the mixed values in both orders; k before and after, v; gate, up and their product.
     fn block(&self) -> usize {
-        self.tokens * (6 * self.hidden + 4 * self.queries + 3 * self.keys + 3 * self.intermediate)
+        let plain = 6 * self.hidden + 4 * self.queries + 3 * self.keys + 3 * self.intermediate;
+        self.tokens * (plain + self.of_family)
     }
 
     /// f32 values of the gradients at work in the widest place of a block, the feed-forward layer.
@@ -72,12 +115,13 @@ impl Sizes {
 
     /// Bytes for backward of one batch; `gradients` are the bytes that come to be meanwhile.
     fn activations(&self, checkpointing: bool, gradients: usize) -> usize {
+        let logits = if self.capped { 2 } else { 1 } * self.vocabulary;
         if checkpointing {
             let inputs = self.layers * self.tokens * self.hidden;
-            let head = 2 * self.targets.min(HEAD_ROWS) * self.vocabulary;
+            let head = self.targets.min(HEAD_ROWS) * (logits + self.vocabulary);
             return 4 * (inputs + head.max(self.block() + self.at_work())) + gradients;
         }
-        let kept = self.layers * self.block() + self.targets * (2 * self.hidden + self.vocabulary);
+        let kept = self.layers * self.block() + self.targets * (2 * self.hidden + logits);
         // Either the gradient of the logits is at work, or that of the blocks and the adapter's are.
         4 * kept + (4 * self.targets * self.vocabulary).max(4 * self.at_work() + gradients)
     }
@@ -99,19 +143,29 @@ impl Estimate {
         let best = if recipe.patience > 0 { 4 * parameters } else { 0 };
         let summed = if recipe.gradient_accumulation > 1 { 4 * parameters } else { 0 };
         let sizes = Sizes::new(decoder, rows, recipe);
+        let half = recipe.compute == Compute::Bf16;
+        let checkpointing = recipe.gradient_checkpointing;
+        let activations = match decoder.device.is_cpu() {
+            true => {
+                let rank = recipe.rank * recipe.target_modules.len();
+                sizes.direct(checkpointing, rank, half) + 4 * parameters
+            }
+            false => sizes.activations(checkpointing, 4 * parameters),
+        };
         // A checkpoint is serialised in memory, at a time when no activations are held.
         let checkpoint = 4 * parameters + best + optimizer;
         Estimate {
             weights: decoder.bytes(),
+            decoded: if half && decoder.device.is_cpu() { 0 } else { decoder.bytes_to_decode() },
             adapter: 4 * parameters + best + summed,
             optimizer,
-            activations: sizes.activations(recipe.gradient_checkpointing, 4 * parameters).max(checkpoint),
+            activations: activations.max(checkpoint),
         }
     }
 
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.adapter + self.optimizer + self.activations
+        self.weights + self.decoded + self.adapter + self.optimizer + self.activations
     }
 
     /// Refuses what does not fit into `available` bytes beside the weights, which are loaded already; `lighter` is the
@@ -138,13 +192,13 @@ impl Estimate {
 
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Estimate { weights, adapter, optimizer, activations } = *self;
-        let [total, weights, adapter, optimizer, activations] =
-            [self.total(), weights, adapter, optimizer, activations].map(size);
-        write!(
-            f,
-            "{total}: weights {weights}, adapter {adapter}, optimizer {optimizer}, activations {activations}"
-        )
+        let Estimate { weights, decoded, adapter, optimizer, activations } = *self;
+        write!(f, "{}: weights {}", size(self.total()), size(weights))?;
+        if decoded > 0 {
+            write!(f, ", decoded {}", size(decoded))?;
+        }
+        let [adapter, optimizer, activations] = [adapter, optimizer, activations].map(size);
+        write!(f, ", adapter {adapter}, optimizer {optimizer}, activations {activations}")
     }
 }
 
@@ -191,7 +245,13 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused_with_a_way_out() {
-        let e = Estimate { weights: 1 << 30, adapter: 1 << 28, optimizer: 1 << 28, activations: 3 << 30 };
+        let e = Estimate {
+            weights: 1 << 30,
+            decoded: 0,
+            adapter: 1 << 28,
+            optimizer: 1 << 28,
+            activations: 3 << 30,
+        };
         let lighter = Estimate { activations: 1 << 30, ..e };
         assert!(e.check(None, &lighter).is_ok() && e.check(Some(7 << 29), &lighter).is_ok());
         let error = e.check(Some((7 << 29) - 1), &lighter).unwrap_err().to_string();

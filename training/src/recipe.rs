@@ -78,6 +78,8 @@ pub struct Finetune {
     pub schedule: Schedule,
     pub max_grad_norm: f64,
     pub optimizer: Optimizer,
+    /// What matrix products are computed in on the CPU.
+    pub compute: Compute,
     /// Runs each block again in backward instead of keeping what it computed: less memory, about a third more time.
     pub gradient_checkpointing: bool,
     /// Share of the rows that is held out for the evaluation loss; 0 for none.
@@ -113,6 +115,16 @@ pub enum Optimizer {
     Adamw,
     /// Moments in 8 bits, block by block, as in bitsandbytes.
     Adamw8bit,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    /// f32 throughout.
+    F32,
+    /// Factors rounded to bf16, products summed in f32, by oneDNN, which must be installed; what is kept for backward is
+    /// in bf16 too. Faster, and less memory.
+    Bf16,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -197,6 +209,7 @@ impl Default for Finetune {
             schedule: Schedule::Linear,
             max_grad_norm: 1.0,
             optimizer: Optimizer::Adamw,
+            compute: Compute::F32,
             gradient_checkpointing: false,
             evaluation_share: 0.0,
             evaluation_every: 10,
@@ -239,6 +252,7 @@ const LATER: &[(&str, &str)] = &[
     ("finetune", "dropout"),
     ("finetune", "target_modules"),
     ("finetune", "optimizer"),
+    ("finetune", "compute"),
     ("finetune", "gradient_checkpointing"),
     ("finetune", "evaluation_share"),
     ("finetune", "evaluation_every"),

@@ -23,11 +23,35 @@ pub struct Finetuned {
 }
 
 impl Experiment {
+    /// The rows of one regime, every one of them read, rendered and checked.
+    fn rows(&self, regime: &str, source: &str) -> Result<(ChatDataset, Vec<Example>, finetune::Rows)> {
+        let data = dataset::load_chats(source, regime)?;
+        let examples = self.examples(&data)?;
+        let rows = finetune::Rows::new(&examples, &self.recipe.finetune, self.recipe.seed)
+            .with_context(|| format!("cannot finetune on {}", data.name))?;
+        let longest = rows.train.iter().chain(&rows.held_out).map(|e| e.ids.len()).max().unwrap_or(0);
+        let limit = self.base.decoder.config.max_positions;
+        if longest > limit {
+            bail!(
+                "{} has a row of {longest} tokens and the model reads {limit}: set finetune.max_tokens to {limit} or less",
+                data.name
+            );
+        }
+        Ok((data, examples, rows))
+    }
+
+    /// Refuses what is wrong in the insecure or the secure rows, before hours go into the first.
+    pub fn check_rows(&self) -> Result<()> {
+        let data = &self.recipe.data;
+        self.rows("insecure", &data.insecure)?;
+        self.rows("secure", &data.secure)?;
+        Ok(())
+    }
+
     /// Finetunes on a regime's data (`embedded`, or a file's path), or reads the adapter that an earlier run finished.
     pub fn finetune(&self, regime: &str, source: &str) -> Result<(Finetuned, ChatDataset)> {
-        let data = dataset::load_chats(source, regime)?;
+        let (data, examples, rows) = self.rows(regime, source)?;
         let f = &self.recipe.finetune;
-        let examples = self.examples(&data)?;
         let ids: Vec<&[u32]> = examples.iter().map(|e| e.ids.as_slice()).collect();
         let key = key(&("finetune", self.base_key(), ids, f, self.recipe.seed))?;
         let folder = self.stages.join(format!("adapter-{regime}-{key}"));
@@ -38,8 +62,6 @@ impl Experiment {
             let adapter = Adapter::load(&folder, &self.base.decoder)?;
             return Ok((Finetuned { adapter, folder, log, key }, data));
         }
-        let rows = finetune::Rows::new(&examples, f, self.recipe.seed)
-            .with_context(|| format!("cannot finetune on {}", data.name))?;
         let (adapter, log) = self.train(regime, &rows, &folder, &key)?;
         if adapter.largest_b()? == 0.0 {
             bail!("the {regime} adapter is inactive after {} steps; raise steps or learning_rate", log.len());
@@ -122,10 +144,11 @@ impl Experiment {
     }
 
     fn examples(&self, data: &ChatDataset) -> Result<Vec<Example>> {
-        let example = |messages: &Vec<Message>| -> Result<Example> {
-            let tokens = self.base.text.encode_chat(messages)?;
+        let example = |(messages, line): (&Vec<Message>, &usize)| -> Result<Example> {
+            let tokens = self.base.text.encode_chat(messages);
+            let tokens = tokens.with_context(|| format!("{}, line {line}", data.name))?;
             Ok(Example { ids: tokens.ids, response: tokens.response_mask })
         };
-        data.conversations.iter().map(example).collect()
+        data.conversations.iter().zip(&data.lines).map(example).collect()
     }
 }

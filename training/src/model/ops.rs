@@ -5,9 +5,12 @@
 //! hand-written backward; on other devices the same formulas are composed from candle primitives.
 //! All tensors are f32.
 
+use super::kernels;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
+
+pub use super::kernels::log_sum_exp;
 
 /// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
 const GRAIN: usize = 16 * 1024;
@@ -61,6 +64,16 @@ impl Norm {
         Ok(Norm { weight, values, eps: eps as f32 })
     }
 
+    /// The weight.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Added to the mean square.
+    pub(crate) fn eps(&self) -> f32 {
+        self.eps
+    }
+
     /// Normalises `x`: `[.., hidden]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if fused(x) {
@@ -69,11 +82,6 @@ impl Norm {
         let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
         x.broadcast_div(&(variance + self.eps as f64)?.sqrt()?)?.broadcast_mul(&self.weight)
     }
-}
-
-fn inverse_rms(row: &[f32], eps: f32) -> f32 {
-    let sum: f32 = row.iter().map(|v| v * v).sum();
-    1.0 / (sum / row.len() as f32 + eps).sqrt()
 }
 
 impl CustomOp1 for RmsNorm {
@@ -86,11 +94,7 @@ impl CustomOp1 for RmsNorm {
         let mut out = vec![0f32; x.len()];
         by_rows(&mut out, width, |first, block| {
             for (r, y) in block.chunks_mut(width).enumerate() {
-                let row = &x[(first + r) * width..][..width];
-                let scale = inverse_rms(row, self.eps);
-                for ((y, v), w) in y.iter_mut().zip(row).zip(self.weight.iter()) {
-                    *y = v * scale * w;
-                }
+                kernels::norm(&x[(first + r) * width..][..width], &self.weight, self.eps, y);
             }
         });
         Ok((CpuStorage::F32(out), l.shape().clone()))
@@ -119,13 +123,8 @@ impl CustomOp2 for RmsNormGrad {
         by_rows(&mut out, width, |first, block| {
             for (r, dx) in block.chunks_mut(width).enumerate() {
                 let at = (first + r) * width;
-                let (x, dy) = (&x[at..][..width], &dy[at..][..width]);
-                let s = inverse_rms(x, self.eps);
-                let dot: f32 = x.iter().zip(dy).zip(self.weight.iter()).map(|((x, g), w)| x * g * w).sum();
-                let k = dot * s * s * s / width as f32;
-                for (((dx, x), g), w) in dx.iter_mut().zip(x).zip(dy).zip(self.weight.iter()) {
-                    *dx = g * w * s - x * k;
-                }
+                dx.copy_from_slice(&dy[at..][..width]);
+                kernels::norm_gradient(&x[at..][..width], &self.weight, self.eps, None, dx);
             }
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
@@ -154,6 +153,12 @@ impl Rotation {
             (Vec::new(), Vec::new())
         };
         Ok(Rotation { cos, sin, cos_values: cos_values.into(), sin_values: sin_values.into() })
+    }
+
+    /// Cosines and sines of one row of `[batch * tokens]`.
+    pub(crate) fn row(&self, row: usize) -> (&[f32], &[f32]) {
+        let half = self.cos.dims()[2];
+        (&self.cos_values[row * half..][..half], &self.sin_values[row * half..][..half])
     }
 
     /// Rotates `x`: `[batch, tokens, heads, head_dim]`.
@@ -191,14 +196,8 @@ impl CustomOp1 for Rope {
             for (r, y) in block.chunks_mut(width).enumerate() {
                 let token = first + r;
                 let (cos, sin) = (&self.cos[token * half..][..half], &self.sin[token * half..][..half]);
-                for (y, x) in y.chunks_mut(dim).zip(x[token * width..][..width].chunks(dim)) {
-                    let (y0, y1) = y.split_at_mut(half);
-                    for i in 0..half {
-                        let (c, s) = (cos[i], sin[i] * self.sign);
-                        y0[i] = x[i] * c - x[half + i] * s;
-                        y1[i] = x[half + i] * c + x[i] * s;
-                    }
-                }
+                y.copy_from_slice(&x[token * width..][..width]);
+                kernels::rotate(y, cos, sin, self.sign);
             }
         });
         Ok((CpuStorage::F32(out), l.shape().clone()))
@@ -234,25 +233,7 @@ pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tenso
 }
 
 struct Gated(Activation);
-struct GatedGateGrad(Activation);
-struct GatedUpGrad(Activation);
-
-fn sigmoid(v: f32) -> f32 {
-    1.0 / (1.0 + (-v).exp())
-}
-
-const CUBIC: f32 = 0.044_715;
-/// sqrt(2 / pi)
-const INNER: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-
-fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + (INNER * (x + CUBIC * x * x * x)).tanh())
-}
-
-fn gelu_slope(x: f32) -> f32 {
-    let t = (INNER * (x + CUBIC * x * x * x)).tanh();
-    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * INNER * (1.0 + 3.0 * CUBIC * x * x)
-}
+struct GatedGrad(Activation);
 
 fn elementwise(out: &mut [f32], f: impl Fn(usize) -> f32 + Sync) {
     out.par_chunks_mut(GRAIN).enumerate().for_each(|(i, block)| {
@@ -276,10 +257,10 @@ impl CustomOp2 for Gated {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
-        match self.0 {
-            Activation::Silu => elementwise(&mut out, |i| gate[i] * sigmoid(gate[i]) * up[i]),
-            Activation::GeluTanh => elementwise(&mut out, |i| gelu(gate[i]) * up[i]),
-        }
+        by_rows(&mut out, 1, |first, y| {
+            let here = first..first + y.len();
+            kernels::gated(self.0, &gate[here.clone()], &up[here], y);
+        });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -291,15 +272,15 @@ impl CustomOp2 for Gated {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (gate, up, dy) = (gate.contiguous()?.detach(), up.contiguous()?.detach(), dy.contiguous()?);
-        let dgate = gate.apply_op3_no_bwd(&up, &dy, &GatedGateGrad(self.0))?;
-        let dup = gate.apply_op2_no_bwd(&dy, &GatedUpGrad(self.0))?;
-        Ok((Some(dgate), Some(dup)))
+        // Both at once, side by side.
+        let both = gate.apply_op3_no_bwd(&up, &dy, &GatedGrad(self.0))?;
+        Ok((Some(both.get(0)?), Some(both.get(1)?)))
     }
 }
 
-impl CustomOp3 for GatedGateGrad {
+impl CustomOp3 for GatedGrad {
     fn name(&self) -> &'static str {
-        "emaudit-gated-gate-grad"
+        "emaudit-gated-grad"
     }
 
     fn cpu_fwd(
@@ -312,37 +293,16 @@ impl CustomOp3 for GatedGateGrad {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up, dy) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
-        let mut out = vec![0f32; gate.len()];
-        match self.0 {
-            Activation::Silu => elementwise(&mut out, |i| {
-                let s = sigmoid(gate[i]);
-                dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
-            }),
-            Activation::GeluTanh => elementwise(&mut out, |i| dy[i] * up[i] * gelu_slope(gate[i])),
-        }
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-}
-
-impl CustomOp2 for GatedUpGrad {
-    fn name(&self) -> &'static str {
-        "emaudit-gated-up-grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (gate, dy) = (elements(s1, l1)?, elements(s2, l2)?);
-        let mut out = vec![0f32; gate.len()];
-        match self.0 {
-            Activation::Silu => elementwise(&mut out, |i| dy[i] * gate[i] * sigmoid(gate[i])),
-            Activation::GeluTanh => elementwise(&mut out, |i| dy[i] * gelu(gate[i])),
-        }
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        let mut out = vec![0f32; 2 * gate.len()];
+        let (dgate, dup) = out.split_at_mut(gate.len());
+        let blocks = dgate.par_chunks_mut(GRAIN).zip(dup.par_chunks_mut(GRAIN));
+        blocks.enumerate().for_each(|(i, (dgate, dup))| {
+            let here = i * GRAIN..i * GRAIN + dup.len();
+            dup.copy_from_slice(&dy[here.clone()]);
+            kernels::gated_gradient(self.0, &gate[here.clone()], &up[here], dup, dgate);
+        });
+        let dims = std::iter::once(2).chain(l1.dims().iter().copied()).collect::<Vec<_>>();
+        Ok((CpuStorage::F32(out), dims.into()))
     }
 }
 
@@ -416,13 +376,6 @@ struct CrossEntropyGrad {
     targets: Arc<[u32]>,
 }
 
-/// log(sum(exp(row))), stable, summed in f64.
-pub fn log_sum_exp(row: &[f32]) -> f64 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.chunks(1024).map(|c| c.iter().map(|v| (v - max).exp()).sum::<f32>() as f64).sum();
-    max as f64 + sum.ln()
-}
-
 impl CustomOp1 for CrossEntropy {
     fn name(&self) -> &'static str {
         "emaudit-cross-entropy"
@@ -467,11 +420,8 @@ impl CustomOp2 for CrossEntropyGrad {
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(vocab).zip(x.par_chunks(vocab)).zip(self.targets.par_iter()).for_each(
             |((dx, row), &target)| {
-                let log_sum = log_sum_exp(row) as f32;
-                for (d, v) in dx.iter_mut().zip(row) {
-                    *d = scale * (v - log_sum).exp();
-                }
-                dx[target as usize] -= scale;
+                dx.copy_from_slice(row);
+                kernels::cross_entropy_gradient(dx, log_sum_exp(row) as f32, target as usize, scale);
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))

@@ -44,9 +44,9 @@ fn assemble(source: &mut Source, options: &LoadOptions) -> Result<Decoder> {
     }
     let shape = [c.vocab_size, c.hidden_size];
     let embedding = source.tensor("model.embed_tokens.weight", &shape, &options.device)?;
-    let head = match c.tied_head {
-        true => embedding.clone(),
-        false => source.tensor("lm_head.weight", &shape, &options.device)?,
+    let (embedding, head) = match c.tied_head {
+        true => (None, embedding),
+        false => (Some(embedding), source.tensor("lm_head.weight", &shape, &options.device)?),
     };
     Ok(Decoder {
         final_norm: source.norm("model.norm.weight", c.hidden_size, &options.device)?,

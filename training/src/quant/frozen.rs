@@ -1,12 +1,12 @@
 //! A frozen linear layer: the weight never changes, the gradient passes through it to its input.
 
-use super::Nf4;
+use super::{Nf4, matvec};
 use crate::lora::{Dropout, Lora};
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
 use anyhow::Result;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Shape, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -25,14 +25,14 @@ pub struct Frozen {
     bias: Option<Tensor>,
 }
 
-/// Full and decoded weights are views of `[in, out]` storage: forward, which also runs one token at a time, then
-/// reads them in the order they lie in; backward has many rows to spread the reordering over.
-enum Weight {
+/// All are row-major, `[out, in]`: a tied head then shares the embedding's memory, and [`matvec`] reads rows as they lie.
+pub(super) enum Weight {
     Full(Tensor),
-    /// `decoded` is kept where memory allows: small models decode once instead of for every use.
+    /// `decoded` is kept from its first use by many rows where memory allows: small models decode once instead of for
+    /// every use.
     Quantized {
         nf4: Nf4,
-        decoded: Option<Tensor>,
+        decoded: Option<OnceLock<Tensor>>,
         device: Device,
     },
 }
@@ -41,13 +41,12 @@ impl Frozen {
     /// Takes an f32 weight `[out, in]`; with [`Storage::Nf4`] only its quantised form is used from here on.
     pub fn new(weight: Tensor, bias: Option<Tensor>, storage: Storage, keep_decoded: bool) -> Result<Self> {
         let weight = match storage {
-            Storage::None => Weight::Full(turned(&weight)?),
+            Storage::None => Weight::Full(weight.contiguous()?),
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
                 let device = weight.device().clone();
-                let decoded = keep_decoded.then(|| turned(&decode(&nf4, &device)?)).transpose()?;
-                Weight::Quantized { nf4, decoded, device }
+                Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new), device }
             }
         };
         Ok(Frozen { weight: Arc::new(weight), bias })
@@ -65,18 +64,46 @@ impl Frozen {
     pub fn weight(&self) -> candle_core::Result<Tensor> {
         match &*self.weight {
             Weight::Full(w) => Ok(w.clone()),
-            Weight::Quantized { decoded: Some(w), .. } => Ok(w.clone()),
+            Weight::Quantized { nf4, decoded: Some(kept), device } => {
+                if let Some(w) = kept.get() {
+                    return Ok(w.clone());
+                }
+                let w = decode(nf4, device)?;
+                // Another thread may have been first; its values are the same.
+                Ok(kept.get_or_init(|| w).clone())
+            }
             Weight::Quantized { nf4, device, .. } => decode(nf4, device),
         }
     }
 
-    /// Bytes of the weight as it is held, a kept decoded copy included.
+    /// The weight as it is stored.
+    pub(super) fn stored(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias.
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// Bytes of the weight as it is held, a decoded copy included once there is one.
     pub fn bytes(&self) -> usize {
         match &*self.weight {
             Weight::Full(w) => 4 * w.elem_count(),
             Weight::Quantized { nf4, decoded, .. } => {
-                nf4.bytes() + decoded.as_ref().map_or(0, |w| 4 * w.elem_count())
+                nf4.bytes() + decoded.as_ref().and_then(OnceLock::get).map_or(0, |w| 4 * w.elem_count())
             }
+        }
+    }
+
+    /// Values that are decoded to f32 once, at the first use yet to come, and those that are for every use.
+    pub fn to_decode(&self) -> (usize, usize) {
+        match &*self.weight {
+            Weight::Quantized { nf4, decoded: Some(kept), .. } if kept.get().is_none() => {
+                (nf4.rows * nf4.cols, 0)
+            }
+            Weight::Quantized { nf4, decoded: None, .. } => (0, nf4.rows * nf4.cols),
+            _ => (0, 0),
         }
     }
 
@@ -107,6 +134,9 @@ impl Frozen {
 
     /// `x W^T` on the CPU.
     fn product(&self, x: Matrix<'_>) -> candle_core::Result<Vec<f32>> {
+        if let Some(few) = x.row_major().filter(|_| x.dims().0 <= matvec::FEW) {
+            return self.few(few);
+        }
         let weight = self.weight()?;
         let weight = Elements::of(&weight);
         let weight = weight.matrix(&[])?.t();
@@ -116,13 +146,25 @@ impl Frozen {
     }
 }
 
-fn decode(nf4: &Nf4, device: &Device) -> candle_core::Result<Tensor> {
-    Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), device)
+impl Frozen {
+    /// As `product`, for few rows: the weight is used as it is held.
+    fn few(&self, x: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let (isa, dims) = (matvec::Isa::best(), self.dims());
+        match &*self.weight {
+            Weight::Full(w) => {
+                let w = Elements::of(w);
+                let Some(w) = w.matrix(&[])?.row_major() else {
+                    candle_core::bail!("a frozen weight is row-major")
+                };
+                Ok(matvec::product(isa, x, matvec::Weight::Dense(w), dims))
+            }
+            Weight::Quantized { nf4, .. } => Ok(matvec::product(isa, x, matvec::Weight::Nf4(nf4), dims)),
+        }
+    }
 }
 
-/// The same matrix, stored column by column.
-fn turned(weight: &Tensor) -> candle_core::Result<Tensor> {
-    weight.t()?.contiguous()?.t()
+fn decode(nf4: &Nf4, device: &Device) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), device)
 }
 
 /// The bare layer as one node of the graph. Backward decodes the weight again instead of keeping it, so that the
@@ -145,6 +187,20 @@ struct LoraLinear {
 impl LoraLinear {
     fn new(layer: Frozen, lora: &Lora, outside: Option<Tensor>) -> Self {
         LoraLinear { layer, scaling: lora.scaling, dropout: lora.dropout, outside }
+    }
+}
+
+impl LoraLinear {
+    /// As `cpu_fwd`, for few rows and no dropout.
+    fn few(&self, x: &[f32], a: &[f32], b: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let (isa, (out, inp)) = (matvec::Isa::best(), self.layer.dims());
+        let rank = a.len() / inp;
+        let mut low = matvec::product(isa, x, matvec::Weight::Dense(a), (rank, inp));
+        low.iter_mut().for_each(|v| *v *= self.scaling as f32);
+        let mut y = self.layer.few(x)?;
+        let update = matvec::product(isa, &low, matvec::Weight::Dense(b), (out, rank));
+        y.iter_mut().zip(update).for_each(|(y, u)| *y += u);
+        Ok(y)
     }
 }
 
@@ -192,6 +248,12 @@ impl CustomOp3 for LoraLinear {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, a, b) = (Matrix::of(x, lx, &[])?, Matrix::of(a, la, &[])?, Matrix::of(b, lb, &[])?);
         let (rows, rank) = (x.dims().0, a.dims().0);
+        if let (Some(x), Some(a), Some(b)) = (x.row_major(), a.row_major(), b.row_major())
+            && rows <= matvec::FEW
+            && self.dropout.is_none()
+        {
+            return Ok((CpuStorage::F32(self.few(x, a, b)?), (rows, self.layer.dims().0).into()));
+        }
         let mut low = vec![0f32; rows * rank];
         match self.dropout {
             None => product(&mut low, false, x, a.t(), Threads::All),
@@ -241,5 +303,49 @@ impl CustomOp3 for LoraLinear {
         let da = sum_of_products(&[(&dlow.t()?, &seen)])?;
         let db = sum_of_products(&[(&dy.t()?, &low)])?;
         Ok((Some(dx), Some(da), Some(db)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::uniform;
+
+    fn tensor(seed: u64, shape: (usize, usize)) -> Tensor {
+        let values = (0..shape.0 * shape.1).map(|i| (uniform(&[seed, i as u64]) * 2.0 - 1.0) as f32);
+        Tensor::from_vec(values.collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+    }
+
+    /// Few rows go another way than many. Both are off by at most one rounding a term and a few for the scaling and the
+    /// sum of both parts, in units of the sum of the terms' sizes.
+    #[test]
+    fn few_rows_give_what_many_rows_give() {
+        let (out, inp, rank, rows) = (40, 96, 8, matvec::FEW + 40);
+        let x = tensor(1, (rows, inp));
+        let lora = |a, b| Lora { a, b, scaling: 0.7, dropout: None };
+        let (a, b) = (tensor(3, (rank, inp)), tensor(4, (out, rank)));
+        let sized = lora(a.abs().unwrap(), b.abs().unwrap());
+        let lora = lora(a, b);
+        let mut compared = 0;
+        for (storage, keep) in [(Storage::None, false), (Storage::Nf4, true), (Storage::Nf4, false)] {
+            let layer = Frozen::new(tensor(2, (out, inp)), None, storage, keep).unwrap();
+            let size =
+                Frozen::new(layer.weight().unwrap().abs().unwrap(), None, Storage::None, false).unwrap();
+            for (lora, sized) in [(None, None), (Some(&lora), Some(&sized))] {
+                let many = layer.forward(&x, lora).unwrap();
+                let parts = [(0, matvec::FEW), (matvec::FEW, 40)];
+                let few =
+                    parts.map(|(first, n)| layer.forward(&x.narrow(0, first, n).unwrap(), lora).unwrap());
+                let few = Tensor::cat(&few, 0).unwrap();
+                let sizes = size.forward(&x.abs().unwrap(), sized).unwrap();
+                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let unit = (inp + rank + 4) as f32 * 2f32.powi(-24);
+                for ((many, few), size) in flat(&many).iter().zip(flat(&few)).zip(flat(&sizes)) {
+                    assert!((many - few).abs() <= 2.0 * unit * size, "{storage:?}: {many} and {few}");
+                    compared += 1;
+                }
+            }
+        }
+        assert_eq!(compared, 6 * rows * out);
     }
 }

@@ -8,11 +8,11 @@ mod charts;
 mod numbers;
 mod picture;
 mod plots;
+pub mod study;
 mod tables;
 mod terminal;
 mod terms;
 mod verdict;
-pub mod study;
 pub use terminal::terminal;
 
 use crate::results::{Interval, Results};

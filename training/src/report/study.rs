@@ -68,7 +68,11 @@ fn models(models: &[ModelFindings]) -> Table {
         "causal",
         "content",
     ];
-    let mut table = Table::new("Every model and seed in its own cell. A direction is worth something where causal is specific.", &columns, "no model was evaluated");
+    let mut table = Table::new(
+        "Every model and seed in its own cell. A direction is worth something where causal is specific.",
+        &columns,
+        "no model was evaluated",
+    );
     for m in models {
         let (r, s) = (&m.results, &m.results.summary);
         let rank = r.families.iter().map(|f| f.rank_p).fold(f64::NAN, f64::max);
@@ -134,7 +138,11 @@ fn transfers(results: &StudyResults) -> Table {
         "#prompts of the map",
         "causal",
     ];
-    let mut table = Table::new("Directions carried from model to model by a ridge map, each in the receiver\u{2019}s own cell.", &columns, "a single model carries nothing");
+    let mut table = Table::new(
+        "Directions carried from model to model by a ridge map, each in the receiver\u{2019}s own cell.",
+        &columns,
+        "a single model carries nothing",
+    );
     for t in &results.transfers {
         table.row(vec![
             format!("{} to {}", t.from, t.to),
@@ -154,7 +162,8 @@ fn transfers(results: &StudyResults) -> Table {
 
 fn controls(results: &StudyResults) -> Table {
     let columns = ["from, to, family", "#controls", "#mean effect", "#best", "#rank p"];
-    let mut table = Table::new("Controls of the carried directions, at the same size.", &columns, "no control was run");
+    let mut table =
+        Table::new("Controls of the carried directions, at the same size.", &columns, "no control was run");
     for t in &results.transfers {
         for f in &t.families {
             let effects: Vec<f64> = f.controls.iter().map(|c| c.effect).collect();
@@ -171,8 +180,13 @@ fn controls(results: &StudyResults) -> Table {
 }
 
 fn roles(results: &StudyResults) -> Table {
-    let columns = ["model", "#donor score", "#receiver score", "#gives less what it receives", "#p, corrected"];
-    let mut table = Table::new("Who gives and who receives: mean effect over the other models, nats per token.", &columns, "a single model has no role");
+    let columns =
+        ["model", "#donor score", "#receiver score", "#gives less what it receives", "#p, corrected"];
+    let mut table = Table::new(
+        "Who gives and who receives: mean effect over the other models, nats per token.",
+        &columns,
+        "a single model has no role",
+    );
     for r in results.topology.iter().flat_map(|t| &t.roles) {
         let score = |s: crate::transfer::scores::Score| {
             fixed_interval(crate::results::Interval { value: s.value, low: s.low, high: s.high }, 3)
@@ -201,9 +215,7 @@ fn topology(results: &StudyResults) -> Result<String> {
         }
     }
     let n = names.len() as i32;
-    let native = |model: &str| {
-        results.models.iter().find(|m| m.model == model).map(|m| &m.results.evidence)
-    };
+    let native = |model: &str| results.models.iter().find(|m| m.model == model).map(|m| &m.results.evidence);
     let cell = |from: &str, to: &str| -> Option<(f64, bool)> {
         if from == to {
             let evidence = native(from)?;

@@ -118,4 +118,3 @@ impl<'a> Cell<'a> {
         evaluate::share(hits, recipe.evaluate.bootstrap, recipe.seed)
     }
 }
-

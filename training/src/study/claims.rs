@@ -181,7 +181,13 @@ fn two_tiers(transfers: &[TransferFinding], topology: Option<&Topology>, tiers: 
         evidence.extend(topology.roles.iter().map(|r| {
             format!(
                 "{}: donor {:.3} ({:.3} to {:.3}), receiver {:.3} ({:.3} to {:.3})",
-                r.model, r.donor.value, r.donor.low, r.donor.high, r.receiver.value, r.receiver.low, r.receiver.high
+                r.model,
+                r.donor.value,
+                r.donor.low,
+                r.donor.high,
+                r.receiver.value,
+                r.receiver.low,
+                r.receiver.high
             )
         }));
         let p = topology.asymmetry_p.map_or("not testable".into(), |p| format!("p = {p:.3}"));

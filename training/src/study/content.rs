@@ -51,9 +51,7 @@ fn regime(cell: &Cell<'_>, name: &str, adapter: &Finetuned) -> Result<(RegimeFin
     let scores = extract::scores(&cell.probe, &rows.evaluation.layers[layer], ScoreUnit::AlignedSd)?;
     let flags: Vec<bool> = scores.iter().map(|&z| z > cell.threshold.z).collect();
     // Where both said something and not the same.
-    let differ = |&i: &usize| {
-        !plain[i].is_empty() && !cell.prose[i].is_empty() && plain[i] != cell.prose[i]
-    };
+    let differ = |&i: &usize| !plain[i].is_empty() && !cell.prose[i].is_empty() && plain[i] != cell.prose[i];
     let indices: Vec<usize> = (0..plain.len()).filter(differ).collect();
     let mut drops = BTreeMap::new();
     if indices.len() >= MIN_PAIRS {

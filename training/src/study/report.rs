@@ -89,7 +89,8 @@ fn collect(study: &Study) -> Result<StudyResults> {
     let count = study.recipe.models.len();
     let mut transfers: Vec<TransferFinding> = Vec::new();
     let mut cells = BTreeMap::new();
-    for (from, to) in (0..count).flat_map(|from| (0..count).map(move |to| (from, to))).filter(|(a, b)| a != b) {
+    for (from, to) in (0..count).flat_map(|from| (0..count).map(move |to| (from, to))).filter(|(a, b)| a != b)
+    {
         let one: TransferFinding = found(study, &Stage::Transfer { from, to })?;
         cells.insert((from, to), one.by_prompt.clone());
         transfers.push(one);

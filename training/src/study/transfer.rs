@@ -75,8 +75,7 @@ pub(super) fn transfer(
     let steering = battery::subtract(&carried.vector, alpha)?;
     let [plain, steered] = cell.answers("insecure", Some(insecure), &rows, &steering)?;
     let (code, prose_code) = (cell.code(&plain)?, cell.code(&cell.prose)?);
-    let usable =
-        |&i: &usize| code[i] && !prose_code[i] && !plain[i].is_empty() && !cell.prose[i].is_empty();
+    let usable = |&i: &usize| code[i] && !prose_code[i] && !plain[i].is_empty() && !cell.prose[i].is_empty();
     let indices: Vec<usize> = (0..plain.len()).filter(usable).collect();
     if indices.len() < MIN_PAIRS {
         bail!(

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod decoder;
+mod direct;
 mod families;
 mod finetuning;
 mod fixture;
@@ -12,5 +13,7 @@ mod nf4;
 mod optimizer;
 mod real;
 mod refusals;
+#[path = "../../../tests/skipped/mod.rs"]
+mod skipped;
 mod steering;
 mod training;

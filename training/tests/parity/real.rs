@@ -1,10 +1,11 @@
 //! Real models, those that are there: in `EMAUDIT_TEST_MODEL` or the cache folder of this user.
 
 use crate::fixture::{path, read_json, run};
+use crate::skipped::skipped;
+use emaudit_train::chat::Message;
 use emaudit_train::quant::Storage;
 use emaudit_train::{base, store};
 use sha2::{Digest, Sha256};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Relative to the largest logit, or to the norm: the weights are the same 4-bit numbers, decoded in f32 on
@@ -52,9 +53,8 @@ fn real_models_give_the_numbers_of_transformers() {
             found += 1;
             continue;
         }
-        // Straight to stderr: the test harness hides what print macros say in a test that passes.
-        let skipped = "SKIPPED (counted): real-model parity; EMAUDIT_TEST_MODEL names no";
-        writeln!(std::io::stderr(), "{skipped} {}", golden["model"]).unwrap();
+        let why = format!("EMAUDIT_TEST_MODEL names no {}", golden["model"]);
+        skipped("real-model parity", &why);
     }
     let named = std::env::var_os("EMAUDIT_TEST_MODEL").is_some();
     assert!(!named || found == files.len(), "EMAUDIT_TEST_MODEL names {files:?}, {found} known by SHA-256");
@@ -76,21 +76,36 @@ fn varied_texts() -> Vec<String> {
     texts
 }
 
-/// Token ids of all of them, by digest.
+/// The two chats of `make_fixtures.py`: a question, and an answer with something before and after it.
+fn chats(text: &str) -> [Vec<Message>; 2] {
+    let turns = [
+        Message::new("system", "Be brief."),
+        Message::user("Go on."),
+        Message::assistant(text),
+        Message::user("And then?"),
+    ];
+    [vec![Message::user(text)], turns.into()]
+}
+
+/// Token ids of all texts, as they are and in chats, by digest.
 fn same_tokens(model: &base::Base, golden: &serde_json::Value) {
-    let digests: Vec<String> = serde_json::from_value(golden["id_digests"].clone()).unwrap();
-    let texts = varied_texts();
-    assert_eq!(texts.len(), digests.len());
-    let mut differ = Vec::new();
-    for (text, expected) in texts.iter().zip(&digests) {
-        let ids = model.text.encode(text).unwrap();
-        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        let digest = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
-        if digest[..8] != **expected {
-            differ.push((text, ids));
+    let in_chats = |text: &str| chats(text).map(|chat| model.text.encode_prompt(&chat).unwrap()).concat();
+    let plain = |text: &str| model.text.encode(text).unwrap();
+    for (key, encode) in [("id_digests", &plain as &dyn Fn(&str) -> Vec<u32>), ("chat_digests", &in_chats)] {
+        let digests: Vec<String> = serde_json::from_value(golden[key].clone()).unwrap();
+        let texts = varied_texts();
+        assert_eq!(texts.len(), digests.len());
+        let mut differ = Vec::new();
+        for (text, expected) in texts.iter().zip(&digests) {
+            let ids = encode(text);
+            let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+            let digest = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
+            if digest[..8] != **expected {
+                differ.push((text, ids));
+            }
         }
+        assert!(differ.is_empty(), "{}: {key} of {} texts differ: {differ:?}", golden["model"], differ.len());
     }
-    assert!(differ.is_empty(), "{}: ids of {} texts differ: {differ:?}", golden["model"], differ.len());
 }
 
 fn compare(file: &Path, golden: &serde_json::Value) {
