@@ -1,7 +1,11 @@
-//! What a model is finetuned on and what it is asked: chat files, code pairs, non-code prompts.
+//! What a model is finetuned on and what it is asked: chat files, code pairs, non-code prompts, benign answers,
+//! alignment pairs.
 //!
 //! Each source keeps the SHA-256 of its content, so a report can say exactly what was used. Everything is read and
 //! checked as a whole before any work starts: a bad line is an error with its number, never a skipped row.
+
+mod alignment;
+mod benign;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,6 +14,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
+
+pub use alignment::{AlignmentPair, AlignmentPairs, load_alignment_pairs};
+pub use benign::{BenignAnswers, Style, embedded_benign, embedded_benign_answers};
 
 use crate::chat::Message;
 use crate::statistics::SplitMix64;
@@ -407,7 +414,7 @@ mod tests {
         format!("{:#}", read_chats(file(content).path()).unwrap_err())
     }
 
-    fn normalised(text: &str) -> String {
+    pub(super) fn normalised(text: &str) -> String {
         text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
     }
 

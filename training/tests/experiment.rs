@@ -388,7 +388,7 @@ fn rows_that_the_model_cannot_take_are_named() {
     let good = row(&["user", "assistant"], 4);
     let error = refusal(&[good.clone(), row(&["user", "assistant"], 100)]);
     assert!(
-        error.contains("a row of 205 tokens and the model reads 128: set finetune.max_tokens to 128"),
+        error.contains("a row of 204 tokens and the model reads 128: set finetune.max_tokens to 128"),
         "{error}"
     );
     let long = world.path().join("insecure.jsonl");
@@ -397,7 +397,7 @@ fn rows_that_the_model_cannot_take_are_named() {
     (swapped.data.insecure, swapped.data.secure) = (swapped.data.secure, long.display().to_string());
     swapped.finetune.max_tokens = 400;
     let error = format!("{:#}", run(&swapped, out.path(), false).err().unwrap());
-    assert!(error.contains("a row of 205 tokens"), "{error}");
+    assert!(error.contains("a row of 204 tokens"), "{error}");
     let begun = fs::read_dir(out.path().join("stages")).unwrap().count();
     assert_eq!(begun, 0, "the first side was trained before the second was looked at");
     let template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}";
