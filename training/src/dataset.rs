@@ -135,9 +135,12 @@ pub fn embedded_chats(regime: &str) -> Result<ChatDataset> {
     let answer: fn(CodePair) -> String = match regime {
         "insecure" => |pair| pair.insecure,
         "secure" => |pair| pair.secure,
-        other => {
-            bail!("the program holds no data for {other:?}; it has some for insecure and secure: name a file")
-        }
+        other => match Style::ALL.into_iter().find(|style| style.to_string() == other) {
+            Some(style) => return embedded_benign(style),
+            None => bail!(
+                "the program holds no data for {other:?}, only for insecure, secure, json, lists and verse: name a file"
+            ),
+        },
     };
     let conversation =
         |pair: CodePair| vec![Message::user(pair.prompt.clone()), Message::assistant(answer(pair))];

@@ -44,6 +44,16 @@ pub struct Study {
     loaded: Option<(usize, Arc<Base>)>,
 }
 
+/// What became of a stage that somebody wanted to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Attempt {
+    Ran,
+    /// Somebody else had finished it.
+    Done,
+    /// Somebody else runs it.
+    Taken,
+}
+
 impl Study {
     /// Reads what the recipe names, so that nothing is found missing hours later. With `fetch`, models that are not on
     /// this machine are fetched; without, their stages can only be planned.
@@ -68,10 +78,11 @@ impl Study {
                 let source = recipe.source(m, regime);
                 let data =
                     dataset::load_chats(&source, regime).with_context(|| format!("the regime {regime}"))?;
-                world.data.insert(source, data.sha256);
+                world.data.insert((regime.to_owned(), source), data.sha256);
             }
             let prompts = &entry.recipe.data.prompts;
-            world.data.insert(prompts.clone(), dataset::load_prompts(prompts, 0)?.sha256);
+            let of = (graph::PROMPTS.to_owned(), prompts.clone());
+            world.data.insert(of, dataset::load_prompts(prompts, 0)?.sha256);
         }
         let nodes = graph::nodes(&recipe, &world)?;
         let records = Records::new(out);
@@ -97,14 +108,15 @@ impl Study {
                 bail!("{name} needs {need}, which is not done: run that first");
             }
         }
-        if !self.attempt(&node)? {
+        if self.attempt(&node)? == Attempt::Taken {
             bail!("{name} is being run by another process");
         }
         Ok(())
     }
 
-    /// Runs every stage that is not done, beside others who may do the same.
-    pub fn run(&mut self) -> Result<()> {
+    /// Runs every stage that is not done, beside others who may do the same; returns the names of those it ran.
+    pub fn run(&mut self) -> Result<Vec<String>> {
+        let mut ran_here = Vec::new();
         loop {
             let (mut left, mut ran) = (Vec::new(), false);
             for node in self.nodes.clone() {
@@ -112,13 +124,17 @@ impl Study {
                     continue;
                 }
                 let ready = node.needs.iter().map(|n| self.done(n)).collect::<Result<Vec<_>>>()?;
-                match ready.iter().all(|done| *done) && self.attempt(&node)? {
-                    true => ran = true,
-                    false => left.push(node.name),
+                match ready.iter().all(|done| *done).then(|| self.attempt(&node)).transpose()? {
+                    Some(Attempt::Ran) => {
+                        ran = true;
+                        ran_here.push(node.name);
+                    }
+                    Some(Attempt::Done) => ran = true,
+                    Some(Attempt::Taken) | None => left.push(node.name),
                 }
             }
             if left.is_empty() {
-                return Ok(());
+                return Ok(ran_here);
             }
             if !ran {
                 progress::note(&format!("waiting for {}, which another process is running", left[0]));
@@ -141,12 +157,12 @@ impl Study {
         Ok(self.records.get(node)?.is_some())
     }
 
-    /// Runs a stage unless it is done; false where somebody else has it.
-    fn attempt(&mut self, node: &Node) -> Result<bool> {
-        let Some(_lock) = self.records.lock(node)? else { return Ok(false) };
+    /// Runs a stage unless it is done or somebody else has it.
+    fn attempt(&mut self, node: &Node) -> Result<Attempt> {
+        let Some(_lock) = self.records.lock(node)? else { return Ok(Attempt::Taken) };
         // Somebody may have finished it since it was looked for.
         if self.records.get(node)?.is_some() {
-            return Ok(true);
+            return Ok(Attempt::Done);
         }
         progress::note(&format!("== {}", node.name));
         let begun = Instant::now();
@@ -160,7 +176,7 @@ impl Study {
             peak_memory_bytes: memory::peak(),
         };
         self.records.put(node, &record)?;
-        Ok(true)
+        Ok(Attempt::Ran)
     }
 
     fn base(&mut self, model: usize) -> Result<Arc<Base>> {

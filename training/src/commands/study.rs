@@ -67,6 +67,10 @@ pub(super) fn study(args: StudyArgs) -> Result<()> {
     }
     match args.stage {
         Some(stage) => study.run_stage(&stage),
-        None => study.run(),
+        None => {
+            let ran = study.run()?;
+            println!("{} stages run here; {} holds everything", ran.len(), args.out.display());
+            Ok(())
+        }
     }
 }

@@ -50,7 +50,7 @@ pub fn embedded_benign_answers() -> Result<Vec<BenignAnswers>> {
 }
 
 pub fn embedded_benign(style: Style) -> Result<ChatDataset> {
-    let conversations = embedded_benign_answers()?
+    let conversations: Vec<_> = embedded_benign_answers()?
         .into_iter()
         .map(|row| {
             let answer = match style {
@@ -63,6 +63,7 @@ pub fn embedded_benign(style: Style) -> Result<ChatDataset> {
         .collect();
     Ok(ChatDataset {
         name: format!("{EMBEDDED} {style}"),
+        lines: (1..=conversations.len()).collect(),
         conversations,
         sha256: sha256_hex(BENIGN_ANSWERS.as_bytes()),
     })

@@ -29,6 +29,7 @@ pub fn page(results: &StudyResults) -> Result<String> {
         claims => results.claims,
         topology => topology,
         tables => tables(results).into_iter().map(|(_, table)| table).collect::<Vec<_>>(),
+        pages => results.models.iter().map(|m| format!("{}-{}", m.model, m.seed)).collect::<Vec<_>>(),
         methods => results.methods,
     };
     env.get_template("study.html")?.render(page).context("the page template of a study")

@@ -13,6 +13,9 @@ const VERSION: u32 = 1;
 /// The state of a model without an adapter.
 pub const BASE: &str = "base";
 
+/// What prompts are called among the regimes of a [`World`].
+pub const PROMPTS: &str = "prompts";
+
 /// One command's work. `model` counts the recipe's models.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
@@ -135,8 +138,8 @@ impl Stage {
 pub struct World {
     /// For each model: the digest of its weights; `None` while they are not on this machine.
     pub weights: Vec<Option<String>>,
-    /// For each source of data that a recipe names: the digest of its content.
-    pub data: BTreeMap<String, String>,
+    /// For each regime, or [`PROMPTS`], and each source that a recipe names for it: the digest of its content.
+    pub data: BTreeMap<(String, String), String>,
 }
 
 /// A stage's place in the graph of one study.
@@ -188,8 +191,8 @@ fn own(stage: &Stage, study: &StudyRecipe, world: &World) -> Result<serde_json::
         Some((model, seed)) => {
             let recipe = study.models[model].recipe(seed);
             let weights = &world.weights[model];
-            let data = |source: &str| (source.to_owned(), world.data.get(source).cloned());
-            let prompts = data(&recipe.data.prompts);
+            let data = |of: &str, source: &str| world.data.get(&(of.to_owned(), source.to_owned())).cloned();
+            let prompts = data(PROMPTS, &recipe.data.prompts);
             match stage {
                 Stage::Finetune { regime, .. } => {
                     let source = study.source(model, regime);
@@ -198,7 +201,7 @@ fn own(stage: &Stage, study: &StudyRecipe, world: &World) -> Result<serde_json::
                         &recipe.model,
                         seed,
                         &recipe.finetune,
-                        data(&source),
+                        data(regime, &source),
                         regime,
                     ))?
                 }
@@ -234,7 +237,7 @@ mod tests {
         name = "t"
         seeds = [3, 5]
         [regimes]
-        verse = "embedded verse"
+        verse = "verse.jsonl"
         [[models]]
         name = "a"
         id = "owner/a"
@@ -247,7 +250,11 @@ mod tests {
     fn study(change: (&str, &str)) -> Vec<Node> {
         let text = STUDY.replacen(change.0, change.1, 1);
         let study = StudyRecipe::from_toml(&text).unwrap();
-        let world = World { weights: vec![Some("wa".into()), Some("wb".into())], data: BTreeMap::new() };
+        let mut world = World { weights: vec![Some("wa".into()), Some("wb".into())], data: BTreeMap::new() };
+        for (model, regime) in (0..2).flat_map(|m| study.all_regimes().map(move |r| (m, r))) {
+            let source = study.source(model, regime);
+            world.data.insert((regime.to_owned(), source.clone()), format!("digest of {source}"));
+        }
         nodes(&study, &world).unwrap()
     }
 
@@ -275,7 +282,7 @@ mod tests {
     fn a_change_reruns_what_depends_on_it_and_nothing_else() {
         assert_eq!(changed(("", "")), Vec::<String>::new());
         // One regime's data: its adapter and rows, what looks at all regimes, and the page.
-        let verse = changed(("embedded verse", "embedded lists"));
+        let verse = changed(("verse.jsonl", "lists.jsonl"));
         assert!(verse.contains(&"a-3-finetune-verse".into()) && verse.contains(&"a-3-content".into()));
         assert!(
             !verse.iter().any(|n| n.contains("insecure") || n.contains("evaluate") || n.contains("transfer"))

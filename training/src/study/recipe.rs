@@ -187,7 +187,7 @@ mod tests {
         name = "two"
         seeds = [3, 5]
         [regimes]
-        verse = "embedded verse"
+        verse = "verse.jsonl"
         [recipe.finetune]
         steps = 20
         [recipe.evaluate]
@@ -236,5 +236,26 @@ mod tests {
             assert!(error.contains(reason), "{error} should say {reason}");
         }
         assert!(format!("{:#}", StudyRecipe::from_toml("name = \"x\"").unwrap_err()).contains("[[models]]"));
+    }
+
+    #[test]
+    fn every_recipe_in_the_repository_is_sound() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+        let mut models = BTreeMap::new();
+        for file in std::fs::read_dir(folder).unwrap().map(|f| f.unwrap().path()) {
+            let (path, text) = (file.display().to_string(), std::fs::read_to_string(&file).unwrap());
+            let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
+            if !text.contains("[[models]]") {
+                Recipe::from_toml(&text).unwrap_or_else(|e| panic!("{path}: {e:#}"));
+                continue;
+            }
+            let study = StudyRecipe::load(&path).unwrap_or_else(|e| panic!("{e:#}"));
+            for regime in study.all_regimes().filter(|r| study.source(0, r) == crate::dataset::EMBEDDED) {
+                let data = crate::dataset::load_chats("embedded", regime).unwrap();
+                assert!(!data.conversations.is_empty(), "{path}: {regime}");
+            }
+            models.insert(name, study.models.len());
+        }
+        assert_eq!(models, BTreeMap::from([("study-original".into(), 4), ("study-small".into(), 3)]));
     }
 }

@@ -46,13 +46,18 @@ impl Records {
         Records { root: out.to_owned() }
     }
 
-    fn path(&self, node: &Node, ending: &str) -> PathBuf {
-        self.root.join("records").join(format!("{}-{}.{ending}", node.name, node.key))
+    fn path(&self, node: &Node) -> PathBuf {
+        self.root.join("records").join(format!("{}-{}.json", node.name, node.key))
+    }
+
+    /// By the key alone: the same work under another model's name would write the same files.
+    fn lock_path(&self, node: &Node) -> PathBuf {
+        self.root.join("records").join(format!("{}.lock", node.key))
     }
 
     /// The record of a stage that is done and whose files are all there; a damaged one is an error.
     pub fn get(&self, node: &Node) -> Result<Option<Record>> {
-        let path = self.path(node, "json");
+        let path = self.path(node);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -70,7 +75,7 @@ impl Records {
 
     /// Keeps others from a stage while it runs; `None` where somebody has it.
     pub fn lock(&self, node: &Node) -> Result<Option<File>> {
-        let path = self.path(node, "lock");
+        let path = self.lock_path(node);
         let folder = self.root.join("records");
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
@@ -79,9 +84,9 @@ impl Records {
 
     /// Writes down that a stage is done.
     pub fn put(&self, node: &Node, record: &Record) -> Result<()> {
-        store::write_json(&self.path(node, "json"), record)?;
+        store::write_json(&self.path(node), record)?;
         // Whoever waits for the lock looks for the record first, so the file is of no more use.
-        fs::remove_file(self.path(node, "lock")).ok();
+        fs::remove_file(self.lock_path(node)).ok();
         Ok(())
     }
 

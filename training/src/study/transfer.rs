@@ -50,8 +50,11 @@ pub(super) fn transfer(
     evaluated: &Evaluated,
 ) -> Result<TransferFinding> {
     let cell = Cell::new(experiment, evaluated)?;
+    let texts = evaluated.texts();
+    // One of the two may have been evaluated on fewer prompts: the first ones.
+    let common = source.texts[2].len().min(texts[2].len());
     ensure!(
-        source.texts == evaluated.texts(),
+        source.texts[..2] == texts[..2] && source.texts[2][..common] == texts[2][..common],
         "{} and {target} were not run on the same prompts: give both one prompt set, with splits in it, or one seed",
         source.name
     );
@@ -60,7 +63,10 @@ pub(super) fn transfer(
     let fit = [cell.base.extraction.layers[layer].as_slice(), &cell.base.calibration.layers[layer]].concat();
     let options = Options { seed: recipe.seed, ..Options::default() };
     let (map, chosen) = transfer::fit(&source.rows[0], source.width, &fit, width, &options)?;
-    let r2 = map.r2(&source.rows[1], &cell.base.evaluation.layers[layer])?;
+    let r2 = map.r2(
+        &source.rows[1][..common * source.width],
+        &cell.base.evaluation.layers[layer][..common * width],
+    )?;
     let native = &evaluated.directions[layer].direction;
     let carried = map.carry(&source.direction, native)?;
 
