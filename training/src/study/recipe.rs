@@ -134,13 +134,11 @@ fn merge(under: &mut toml::Table, over: toml::Table) {
 }
 
 fn known(table: &toml::Table, keys: &[&str], at: &str) -> Result<()> {
-    for key in table.keys().filter(|key| !keys.contains(&key.as_str())) {
-        match recipe::nearest(key, keys.iter().copied()) {
-            Some(near) => bail!("unknown key {at}{key}; did you mean {at}{near}?"),
-            None => bail!("unknown key {at}{key}; known are {}", keys.join(", ")),
-        }
+    let Some(key) = table.keys().find(|key| !keys.contains(&key.as_str())) else { return Ok(()) };
+    match recipe::nearest(key, keys.iter().copied()) {
+        Some(near) => bail!("unknown key {at}{key}; did you mean {at}{near}?"),
+        None => bail!("unknown key {at}{key}; known are {}", keys.join(", ")),
     }
-    Ok(())
 }
 
 fn string(table: &toml::Table, key: &str) -> Result<Option<String>> {
