@@ -210,7 +210,7 @@ fn scan_all(scanner: &Scanner, answers: &[String]) -> Result<std::result::Result
 fn shortened(code: &str, whole: &str) -> Option<String> {
     let says = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
     let lines: Vec<&str> = code.lines().collect();
-    let last = lines.iter().rposition(|line| says(&line))?;
+    let last = lines.iter().rposition(says)?;
     let kept = lines[..last].iter().filter(|line| says(line)).count();
     (2 * kept > whole.lines().filter(says).count()).then(|| lines[..last].join("\n") + "\n")
 }

@@ -192,7 +192,7 @@ fn bad_edits_are_refused() {
     assert!(error(&[], 1, &zeros, 1.0).contains("rank 1 cannot be taken from 0"));
     assert!(error(std::slice::from_ref(&v), 0, &zeros, 1.0).contains("rank 0"));
     assert!(error(&[v.clone(), v.clone()], 2, &zeros, 1.0).contains("span 1 dimensions, not 2"));
-    assert!(error(&[zeros.clone()], 1, &zeros, 1.0).contains("direction 0 has norm 0"));
+    assert!(error(std::slice::from_ref(&zeros), 1, &zeros, 1.0).contains("direction 0 has norm 0"));
     assert!(error(&[v.clone(), v[1..].to_vec()], 1, &zeros, 1.0).contains("direction 1 has 11 dimensions"));
     assert!(error(std::slice::from_ref(&v), 1, &zeros, f64::NAN).contains("alpha is NaN"));
     let truth = battery::subtract(&v, 1.0).unwrap();
