@@ -34,4 +34,5 @@ pub mod security;
 pub mod spillover;
 pub mod statistics;
 pub mod store;
+pub mod study;
 pub mod transfer;
