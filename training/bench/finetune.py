@@ -140,7 +140,7 @@ def ours(args, folder, compute):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(args.batch)))
     values = dict(model=args.model.resolve(), data=data, seed=SEED, alpha=2.0 * args.rank, compute=compute)
     recipe.write_text(RECIPE.format(**{**vars(args), **values}))
-    _, memory = run([str(args.program), "finetune", "--recipe", str(recipe), "--out", str(out), "--fresh"])
+    _, memory = run([str(args.program.resolve()), "finetune", "--recipe", str(recipe), "--out", str(out), "--fresh"])
     steps = []
     for timing in sorted(out.glob("**/timing.jsonl")):
         steps += [json.loads(line)["tokens_per_second"] for line in timing.read_text().splitlines()][WARM:]

@@ -1,12 +1,13 @@
 //! bf16 matrix products by oneDNN, found at run time and never required.
 //!
 //! The library is loaded when a recipe asks for bf16. Its C interface is declared here as far as it is used, for the
-//! major versions 2 and 3. Each product runs on the thread that asks for it: the threads are those of this program.
+//! major versions 2 and 3. The threads are those of this program: oneDNN's own would wait beside them.
 
 use crate::model::product::Matrix;
 use anyhow::{Context, Result, bail};
 use half::bf16;
 use libloading::Library;
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::ffi::{OsStr, c_int, c_uint, c_void};
 use std::ptr::{null, null_mut};
@@ -16,6 +17,11 @@ use std::sync::{Arc, Mutex};
 const NAMES: [&str; 3] = ["libdnnl.so.3", "libdnnl.so.2", "libdnnl.so"];
 /// Products that are kept prepared. A run has some dozens; lengths that change all the time make new ones.
 const KEPT: usize = 1024;
+
+/// Columns per thread from which on a product is shared out by columns.
+const LEAST_COLUMNS: usize = 64;
+/// Parts begin at multiples of this.
+const ROUND: usize = 16;
 
 /// Status of a call, 0 for success.
 type Status = c_int;
@@ -397,8 +403,11 @@ impl Accelerator {
         })
     }
 
-    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`, of bf16 values, summed in f32, on this thread. Row i of the
-    /// result begins at `i * row_stride` of `dst`.
+    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`, of bf16 values, summed in f32, on all threads of the pool. Row i
+    /// of the result begins at `i * row_stride` of `dst`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
     pub fn product(
         &self,
         dst: &mut [f32],
@@ -413,22 +422,68 @@ impl Accelerator {
         }
         assert!(k == depth && k > 0, "inner dimensions {k} and {depth} of a product");
         assert!(n <= row_stride && (m - 1) * row_stride + n <= dst.len(), "the result does not fit");
+        let (threads, place) = (rayon::current_num_threads(), Place(dst.as_mut_ptr()));
+        // By columns where there are enough: oneDNN reorders the right side in every call, so each thread takes its own
+        // part of that side.
+        let by_columns = n >= LEAST_COLUMNS * threads;
+        let whole = if by_columns { n } else { m };
+        let share = whole.div_ceil(threads).next_multiple_of(ROUND);
+        (0..whole.div_ceil(share)).into_par_iter().try_for_each(|i| {
+            let (first, count) = (i * share, share.min(whole - i * share));
+            let (lhs, rhs, offset) = match by_columns {
+                true => (lhs, rhs.columns(first, count), first),
+                false => (lhs.rows(first, count), rhs, first * row_stride),
+            };
+            // SAFETY: the part lies inside `dst`, which is borrowed for this call; parts share no element.
+            unsafe { self.part(place.at(offset), row_stride, add, lhs, rhs) }
+        })
+    }
+
+    /// One thread's part of a product.
+    ///
+    /// # Safety
+    /// Rows of the result, `row_stride` apart from `dst` on, must be writable and nobody else's.
+    unsafe fn part(
+        &self,
+        dst: *mut f32,
+        row_stride: usize,
+        add: bool,
+        lhs: Matrix<'_, bf16>,
+        rhs: Matrix<'_, bf16>,
+    ) -> Result<()> {
         if let Some(set_threads) = self.functions.set_threads {
             // SAFETY: OpenMP keeps the number for the calling thread alone.
             unsafe { set_threads(1) };
         }
-        let key = Key { dims: [m, n, k], lhs: lhs.strides(), rhs: rhs.strides(), row_stride, add };
-        let plan = self.plan(key)?;
-        plan.run(
-            self.engine,
-            [lhs.as_ptr().cast_mut().cast(), rhs.as_ptr().cast_mut().cast(), dst.as_mut_ptr().cast()],
-        )
+        let dims = [lhs.dims().0, rhs.dims().1, lhs.dims().1];
+        let plan = self.plan(Key { dims, lhs: lhs.strides(), rhs: rhs.strides(), row_stride, add })?;
+        let [lhs, rhs] = [lhs.as_ptr(), rhs.as_ptr()].map(|p| p.cast_mut().cast());
+        // SAFETY: `Matrix` holds its operands' elements in their slices, the caller vouches for the result.
+        unsafe { plan.run(self.engine, [lhs, rhs, dst.cast()]) }
     }
 }
 
+/// Where a result goes, for threads that write parts of it.
+#[derive(Clone, Copy)]
+struct Place(*mut f32);
+
+impl Place {
+    fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+// SAFETY: each thread writes elements that no other thread touches.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
 impl Plan {
     /// Runs on operands that lie as the key says.
-    fn run(&self, engine: Handle, data: [*mut c_void; 3]) -> Result<()> {
+    ///
+    /// # Safety
+    /// Every element that the key speaks of must be readable, and those of the result writable and nobody else's.
+    unsafe fn run(&self, engine: Handle, data: [*mut c_void; 3]) -> Result<()> {
         let f = &self.library;
         // Cache lines are 64 bytes, and oneDNN asks for no more.
         let mut scratch = vec![0u64; self.scratch_bytes / 8 + 16];
@@ -444,8 +499,8 @@ impl Plan {
         let mut arguments = Vec::with_capacity(memories.len());
         let mut stream: Handle = null_mut();
         // SAFETY:
-        // - `Matrix` and the checks of `product` make sure that every element the descriptors speak of lies in its slice;
-        // - operands are only read, the result and the scratchpad are borrowed for this call alone;
+        // - the caller vouches for operands and result, which the descriptors describe as the key does;
+        // - the scratchpad has the size that was asked for, beyond its alignment, and is this call's alone;
         // - the call has ended when `stream_wait` returns, and every handle made here is given back.
         unsafe {
             let mut status = (f.stream_create)(&mut stream, engine, IN_ORDER);

@@ -9,10 +9,10 @@ mod metrics;
 pub mod optimizer;
 mod rows;
 
-pub use crate::model::pass::{HEAD_ROWS, Workbench};
+pub use crate::model::pass::{Workbench, head_rows};
 pub use checkpoint::Checkpoint;
 pub use gradient::{
-    Gradients, checkpointed_gradients, direct_gradients, direct_loss, gradients, response_loss,
+    Gradients, HEAD_ROWS, checkpointed_gradients, direct_gradients, direct_loss, gradients, response_loss,
 };
 pub use metrics::Metrics;
 pub use rows::{Example, GROUPED_STEPS, RowCounts, Rows};

@@ -1,7 +1,7 @@
 //! How much memory finetuning will need, by arithmetic, and how much there is.
 
 use crate::finetune::optimizer::LEAST_8BIT;
-use crate::finetune::{Example, HEAD_ROWS, Rows};
+use crate::finetune::{Example, HEAD_ROWS, Rows, head_rows};
 use crate::model::{Decoder, Module};
 use crate::quant::{DYNAMIC_BLOCK, PIECE_BYTES};
 use crate::recipe::{Compute, Finetune, Optimizer};
@@ -96,7 +96,7 @@ impl Sizes {
         // f32 and as products read them. Beside it the residual stream and attention, each with its gradients.
         let widest = self.intermediate * if half { 8 + 3 * short } else { 12 };
         let beside = 4 * (6 * self.hidden + 2 * self.queries + 2 * self.keys);
-        let head = self.targets.min(HEAD_ROWS) * self.vocabulary * if half { 6 } else { 4 };
+        let head = self.targets.min(head_rows(self.vocabulary)) * self.vocabulary * if half { 6 } else { 4 };
         let piece = if half { PIECE_BYTES } else { 4 * self.largest };
         blocks + self.tokens * (widest + beside) + head + piece
     }

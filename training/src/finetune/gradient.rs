@@ -2,11 +2,15 @@
 
 use super::rows::Example;
 use crate::lora::Adapter;
-use crate::model::pass::{HEAD_ROWS, Task, Workbench};
+use crate::model::pass::{Task, Workbench};
 use crate::model::{Batch, Decoder, no_edit, ops};
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor, Var};
+use rayon::prelude::*;
 use std::collections::HashMap;
+
+/// Rows per product with the output head while checkpointing a graph: 256 x 49,152 logits are 50 MB.
+pub const HEAD_ROWS: usize = 256;
 
 /// Gradients in the order of the variables; `None` where the loss does not depend on one.
 pub type Gradients = Vec<Option<Tensor>>;
@@ -187,9 +191,9 @@ pub fn add(sum: &mut [Option<Tensor>], more: Gradients) -> Result<()> {
 
 /// Euclidean norm over all variables.
 pub fn norm(gradients: &[Option<Tensor>]) -> Result<f64> {
-    let mut sum = 0f64;
-    for g in gradients.iter().flatten() {
-        sum += g.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
-    }
+    let squares = |g: &Tensor| -> Result<f64> { Ok(f64::from(g.sqr()?.sum_all()?.to_scalar::<f32>()?)) };
+    let all: Vec<&Tensor> = gradients.iter().flatten().collect();
+    let sums: Vec<f64> = all.into_par_iter().map(squares).collect::<Result<_>>()?;
+    let sum: f64 = sums.iter().sum();
     Ok(sum.sqrt())
 }

@@ -3,13 +3,15 @@
 use crate::quant::{DYNAMIC_BLOCK, Dynamic8, Sign};
 use crate::recipe::Optimizer;
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{CpuStorage, Device, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 const EPSILON: f64 = 1e-8;
+/// Elements per parallel task.
+const GRAIN: usize = 16 * 1024;
 /// Smaller variables keep f32 moments, as in bitsandbytes: nothing is saved there.
 pub const LEAST_8BIT: usize = 4096;
 
@@ -79,7 +81,8 @@ impl AdamW {
             match moments {
                 Moments::Full(m, v) => {
                     for (name, t) in [("m", m), ("v", v)] {
-                        state.insert(format!("{name}.{i}"), t.detach().to_device(&Device::Cpu)?);
+                        // A copy: the next step changes the moments where they lie.
+                        state.insert(format!("{name}.{i}"), t.copy()?.detach().to_device(&Device::Cpu)?);
                     }
                 }
                 Moments::Eight(m, v) => {
@@ -121,13 +124,104 @@ impl AdamW {
     }
 }
 
+/// On the CPU in one pass: composed of candle's operations it took a dozen, each on one thread.
 fn full(var: &Var, gradient: &Tensor, m: &mut Tensor, v: &mut Tensor, f: &Factors) -> Result<()> {
-    let g = (gradient * f.clip)?;
-    *m = ((&*m * BETA1)? + (&g * (1.0 - BETA1))?)?;
-    *v = ((&*v * BETA2)? + (g.sqr()? * (1.0 - BETA2))?)?;
-    let update = ((&*m / f.fix1)? / ((&*v / f.fix2)?.sqrt()? + EPSILON)?)?;
-    let decayed = (var.as_tensor().detach() * f.decay)?;
-    Ok(var.set(&(decayed - (update * f.rate)?)?)?)
+    if !gradient.device().is_cpu() {
+        let g = (gradient * f.clip)?;
+        *m = ((&*m * BETA1)? + (&g * (1.0 - BETA1))?)?;
+        *v = ((&*v * BETA2)? + (g.sqr()? * (1.0 - BETA2))?)?;
+        let update = ((&*m / f.fix1)? / ((&*v / f.fix2)?.sqrt()? + EPSILON)?)?;
+        let decayed = (var.as_tensor().detach() * f.decay)?;
+        return Ok(var.set(&(decayed - (update * f.rate)?)?)?);
+    }
+    let given = gradient.contiguous()?;
+    m.inplace_op2(&given, &Moment { keep: BETA1 as f32, clip: f.clip as f32, square: false })?;
+    v.inplace_op2(&given, &Moment { keep: BETA2 as f32, clip: f.clip as f32, square: true })?;
+    Ok(var.as_tensor().inplace_op3(m, v, &Update::new(f))?)
+}
+
+/// `m = keep m + (1 - keep) g`, where g is the clipped gradient or its square.
+struct Moment {
+    keep: f32,
+    clip: f32,
+    square: bool,
+}
+
+/// `p = decay p - rate (m / fix1) / (sqrt(v / fix2) + eps)`
+struct Update {
+    decay: f32,
+    rate: f32,
+    fix1: f32,
+    fix2: f32,
+}
+
+impl Update {
+    fn new(f: &Factors) -> Self {
+        Update { decay: f.decay as f32, rate: f.rate as f32, fix1: f.fix1 as f32, fix2: f.fix2 as f32 }
+    }
+}
+
+fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("a moment is not contiguous")
+    };
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+fn changed<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [f32]> {
+    match (layout.contiguous_offsets(), storage) {
+        (Some((start, end)), CpuStorage::F32(values)) => Ok(&mut values[start..end]),
+        _ => candle_core::bail!("a contiguous f32 tensor is needed"),
+    }
+}
+
+impl InplaceOp2 for Moment {
+    fn name(&self) -> &'static str {
+        "emaudit-adam-moment"
+    }
+
+    fn cpu_fwd(
+        &self,
+        m: &mut CpuStorage,
+        lm: &Layout,
+        g: &CpuStorage,
+        lg: &Layout,
+    ) -> candle_core::Result<()> {
+        let (m, g, new) = (changed(m, lm)?, values(g, lg)?, 1.0 - self.keep);
+        m.par_chunks_mut(GRAIN).zip(g.par_chunks(GRAIN)).for_each(|(m, g)| {
+            for (m, g) in m.iter_mut().zip(g) {
+                let g = g * self.clip;
+                *m = *m * self.keep + if self.square { g * g } else { g } * new;
+            }
+        });
+        Ok(())
+    }
+}
+
+impl InplaceOp3 for Update {
+    fn name(&self) -> &'static str {
+        "emaudit-adam-update"
+    }
+
+    fn cpu_fwd(
+        &self,
+        p: &mut CpuStorage,
+        lp: &Layout,
+        m: &CpuStorage,
+        lm: &Layout,
+        v: &CpuStorage,
+        lv: &Layout,
+    ) -> candle_core::Result<()> {
+        let (p, m, v) = (changed(p, lp)?, values(m, lm)?, values(v, lv)?);
+        let parts = p.par_chunks_mut(GRAIN).zip(m.par_chunks(GRAIN)).zip(v.par_chunks(GRAIN));
+        parts.for_each(|((p, m), v)| {
+            for ((p, m), v) in p.iter_mut().zip(m).zip(v) {
+                let update = m / self.fix1 / ((v / self.fix2).sqrt() + EPSILON as f32);
+                *p = *p * self.decay - update * self.rate;
+            }
+        });
+        Ok(())
+    }
 }
 
 /// The update uses the moments before they are quantised again, as bitsandbytes does.

@@ -59,6 +59,14 @@ impl<'a, T: Copy> Matrix<'a, T> {
         Matrix { data: &self.data[first * self.row_stride..], rows: count, ..self }
     }
 
+    /// `count` columns from `first` on.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn columns(self, first: usize, count: usize) -> Self {
+        self.t().rows(first, count).t()
+    }
+
     /// The values of one row.
     ///
     /// # Panics

@@ -159,6 +159,11 @@ impl Workbench {
         Rows { values: Values::Bf16(halves), width }
     }
 
+    /// A copy of values as products read them.
+    pub fn rows_of(&self, values: &[f32], width: usize) -> Rows {
+        self.fill(values.len() / width, width, |row, to| to.copy_from_slice(&values[row * width..][..width]))
+    }
+
     /// A copy in f32.
     pub fn copy(&self, rows: &Rows) -> Vec<f32> {
         let len = rows.count() * rows.width;
@@ -192,6 +197,30 @@ impl Workbench {
         Rows { values: Values::Bf16(halves), width }
     }
 
+    /// As [`Workbench::fill`], two at once.
+    pub fn fill_two(
+        &self,
+        count: usize,
+        width: usize,
+        f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    ) -> (Rows, Rows) {
+        let rows = |values| Rows { values, width };
+        if self.accelerator.is_none() {
+            let (mut a, mut b) = (self.floats(count * width), self.floats(count * width));
+            by_pairs(&mut a, &mut b, width, |row, (a, b), _| f(row, a, b));
+            return (rows(Values::F32(a)), rows(Values::F32(b)));
+        }
+        let (mut a, mut b) = (self.halves(count * width), self.halves(count * width));
+        by_pairs(&mut a, &mut b, width, |row, (a, b), scratch| {
+            scratch.resize(2 * width, 0.0);
+            let (x, y) = scratch.split_at_mut(width);
+            f(row, x, y);
+            narrow(x, a);
+            narrow(y, b);
+        });
+        (rows(Values::Bf16(a)), rows(Values::Bf16(b)))
+    }
+
     /// The transposed rows.
     fn transposed(&self, rows: &Rows) -> Rows {
         let (count, width) = (rows.count(), rows.width);
@@ -221,13 +250,13 @@ impl Workbench {
                 let copy = self.transposed(lhs.rows);
                 let Values::Bf16(a) = &copy.values else { unreachable!("a copy is of the same kind") };
                 let width = rhs.matrix(b).dims().1;
-                self.multiply_bf16(dst, width, 0, add, plain(&copy).matrix(a), rhs.matrix(b))?;
+                self.multiply_bf16(dst, width, add, plain(&copy).matrix(a), rhs.matrix(b))?;
                 self.release(copy);
                 Ok(())
             }
             (Values::Bf16(a), Values::Bf16(b)) => {
                 let rhs = rhs.matrix(b);
-                self.multiply_bf16(dst, rhs.dims().1, 0, add, lhs.matrix(a), rhs)
+                self.multiply_bf16(dst, rhs.dims().1, add, lhs.matrix(a), rhs)
             }
             _ => anyhow::bail!("a product of f32 and bf16 rows"),
         }
@@ -253,26 +282,19 @@ impl Workbench {
         let Values::Bf16(a) = &lhs.values else { anyhow::bail!("bf16 rows are needed") };
         let shape = (lhs.count(), columns.len());
         let lhs = Matrix::new(&a[columns.start..], shape, (lhs.width, 1));
-        self.multiply_bf16(dst, row_stride, column, add, lhs, rhs)
+        self.multiply_bf16(&mut dst[column..], row_stride, add, lhs, rhs)
     }
 
-    /// Rows of the result are shared out among the threads.
     fn multiply_bf16(
         &self,
         dst: &mut [f32],
         row_stride: usize,
-        column: usize,
         add: bool,
         lhs: Matrix<'_, bf16>,
         rhs: Matrix<'_, bf16>,
     ) -> Result<()> {
         let Some(accelerator) = &self.accelerator else { anyhow::bail!("no accelerator for bf16") };
-        let rows = lhs.dims().0;
-        let share = rows.div_ceil(rayon::current_num_threads()).next_multiple_of(16);
-        dst.par_chunks_mut(share * row_stride).enumerate().try_for_each(|(i, dst)| {
-            let lhs = lhs.rows(i * share, share.min(rows - i * share));
-            accelerator.product(&mut dst[column..], row_stride, add, lhs, rhs)
-        })
+        accelerator.product(dst, row_stride, add, lhs, rhs)
     }
 }
 
@@ -306,17 +328,19 @@ pub fn transpose<T: Copy + Send + Sync>(from: &[T], width: usize, to: &mut [T]) 
     });
 }
 
-/// As [`by_rows`], over two arrays of one shape.
-pub fn by_pairs(
-    a: &mut [f32],
-    b: &mut [f32],
+/// As [`by_rows`], over two arrays of one shape, with room that a task may use again for its next row.
+fn by_pairs<T: Send>(
+    a: &mut [T],
+    b: &mut [T],
     width: usize,
-    f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
+    f: impl Fn(usize, (&mut [T], &mut [T]), &mut Vec<f32>) + Sync,
 ) {
     let rows = rows_per_task(width);
     let blocks = a.par_chunks_mut(rows * width).zip(b.par_chunks_mut(rows * width));
     blocks.enumerate().for_each(|(task, (a, b))| {
-        let both = a.chunks_mut(width).zip(b.chunks_mut(width));
-        both.enumerate().for_each(|(i, (a, b))| f(task * rows + i, a, b));
+        let mut scratch = Vec::new();
+        for (i, pair) in a.chunks_mut(width).zip(b.chunks_mut(width)).enumerate() {
+            f(task * rows + i, pair, &mut scratch);
+        }
     });
 }

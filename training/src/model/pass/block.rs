@@ -181,10 +181,7 @@ impl Work<'_> {
             [self.linear(Module::Q, &h)?, self.linear(Module::K, &h)?, self.linear(Module::V, &h)?];
         bench.release(h);
         let [wide_q, wide_k] = [c.n_heads, c.n_kv_heads].map(|n| n * c.head_dim);
-        let keep = |values: &[f32], width: usize| {
-            bench.fill(self.rows(), width, |row, to| to.copy_from_slice(&values[row * width..][..width]))
-        };
-        let kept = [keep(&q, wide_q), keep(&k, wide_k), keep(&v, wide_k)];
+        let kept = [bench.rows_of(&q, wide_q), bench.rows_of(&k, wide_k), bench.rows_of(&v, wide_k)];
         self.turn(0, &mut q);
         self.turn(1, &mut k);
         let mixed = self.heads().forward(bench, [&q, &k, &v])?;
@@ -249,15 +246,16 @@ impl Work<'_> {
     }
 
     /// The gradients of gate and up.
-    fn gated_back(&self, kept: &Kept, mut dinner: Vec<f32>) -> (Rows, Rows) {
-        let (bench, width) = (self.bench, self.config.intermediate_size);
-        let mut dgate = bench.floats(dinner.len());
-        super::bench::by_pairs(&mut dgate, &mut dinner, width, |row, dgate, dup| {
+    fn gated_back(&self, kept: &Kept, dinner: Vec<f32>) -> (Rows, Rows) {
+        let width = self.config.intermediate_size;
+        let both = self.bench.fill_two(self.rows(), width, |row, dgate, dup| {
             let (mut a, mut b) = (Vec::new(), Vec::new());
             let (gate, up) = (kept.gate.read(row, 1, &mut a), kept.up.read(row, 1, &mut b));
+            dup.copy_from_slice(&dinner[row * width..][..width]);
             kernels::gated_gradient(self.config.activation, gate, up, dup, dgate);
         });
-        (bench.rows(dgate, width), bench.rows(dinner, width))
+        self.bench.done(dinner);
+        both
     }
 
     /// The gradients of what the layers of queries, keys and values gave.

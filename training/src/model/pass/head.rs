@@ -5,8 +5,16 @@ use crate::model::{Decoder, kernels};
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
-/// Rows whose logits are held at once: 256 x 49,152 of them are 50 MB.
-pub const HEAD_ROWS: usize = 256;
+/// Logits that are held at once, about: 128 MiB in f32.
+const LOGITS: usize = 32 << 20;
+/// Fewest and most rows of them: few rows waste the reading of the weight, and many gain nothing.
+const LEAST: usize = 256;
+const MOST: usize = 512;
+
+/// Rows whose logits are held at once.
+pub fn head_rows(vocabulary: usize) -> usize {
+    (LOGITS / vocabulary).clamp(LEAST, MOST)
+}
 
 /// Mean cross-entropy (nats) of `targets` under the logits of the residual rows `x`: `[targets, hidden]`. Where
 /// `share` is given, `x` becomes the gradient of `share` times it.
@@ -27,7 +35,8 @@ pub fn loss(
     let scale = share.map(|share| (share / targets.len() as f64) as f32);
     let norm = &decoder.final_norm;
     let mut sum = 0f64;
-    for (x, targets) in x.chunks_mut(HEAD_ROWS * hidden).zip(targets.chunks(HEAD_ROWS)) {
+    let rows = head_rows(vocab);
+    for (x, targets) in x.chunks_mut(rows * hidden).zip(targets.chunks(rows)) {
         let h = bench.fill(targets.len(), hidden, |row, y| {
             kernels::norm(&x[row * hidden..][..hidden], norm.values(), norm.eps(), y);
         });

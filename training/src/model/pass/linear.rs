@@ -12,14 +12,12 @@ pub type LoraGradient = (Vec<f32>, Vec<f32>);
 
 fn values(bench: &Workbench, tensor: &Tensor) -> Result<Rows> {
     let (_, width) = tensor.dims2()?;
-    let mut buffer = bench.floats(tensor.elem_count());
     let (storage, layout) = tensor.storage_and_layout();
     let candle_core::Storage::Cpu(storage) = &*storage else { anyhow::bail!("a CPU tensor is needed") };
     let Some((start, end)) = layout.contiguous_offsets() else {
         anyhow::bail!("a contiguous tensor is needed")
     };
-    buffer.copy_from_slice(&storage.as_slice::<f32>()?[start..end]);
-    Ok(bench.rows(buffer, width))
+    Ok(bench.rows_of(&storage.as_slice::<f32>()?[start..end], width))
 }
 
 /// `x` as the adapter reads it, where that is not `x` itself.

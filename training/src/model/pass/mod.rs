@@ -10,7 +10,7 @@ mod head;
 mod linear;
 
 pub use bench::{Rows, Workbench, by_rows};
-pub use head::HEAD_ROWS;
+pub use head::head_rows;
 pub use linear::LoraGradient;
 
 use super::Decoder;
