@@ -5,7 +5,7 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
-use emaudit_train::model::{Batch, no_edit};
+use emaudit_train::model::{Batch, Compute, LoadOptions, no_edit};
 use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
@@ -113,6 +113,9 @@ struct CommonArgs {
     /// `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "cpu", value_parser = device)]
     device: Device,
+    /// What linear layers multiply in: `f32` or `bf16`; by default bf16 on GPUs that have it, else f32.
+    #[arg(long, value_parser = compute)]
+    compute: Option<Compute>,
     /// Finetune even where the memory will not do by the estimate.
     #[arg(long)]
     ignore_memory: bool,
@@ -126,6 +129,14 @@ fn storage(text: &str) -> Result<Storage, String> {
         "none" => Ok(Storage::None),
         "nf4" => Ok(Storage::Nf4),
         other => Err(format!("`{other}` is neither `none` nor `nf4`")),
+    }
+}
+
+fn compute(text: &str) -> Result<Compute, String> {
+    match text {
+        "f32" => Ok(Compute::F32),
+        "bf16" => Ok(Compute::Bf16),
+        other => Err(format!("`{other}` is neither `f32` nor `bf16`")),
     }
 }
 
@@ -181,7 +192,8 @@ impl RunArgs {
 
 impl CommonArgs {
     fn open(&self, recipe: Recipe) -> Result<Experiment> {
-        let mut experiment = Experiment::open(recipe, &self.out, self.fresh, self.device.clone())?;
+        let compute = Compute::on(&self.device, self.compute)?;
+        let mut experiment = Experiment::open(recipe, &self.out, self.fresh, self.device.clone(), compute)?;
         experiment.ignore_memory = self.ignore_memory;
         Ok(experiment)
     }
@@ -237,7 +249,8 @@ fn render(results: &Path, out: Option<PathBuf>, picture: Option<PathBuf>) -> Res
 fn logits(model: &str, text: &str, top: usize, quantize: Storage, json: bool) -> Result<()> {
     let resolved = fetch::resolve(model)?;
     let (fetch::ModelFiles::Gguf(path) | fetch::ModelFiles::Folder(path)) = &resolved.files;
-    let base = base::load(path, model, quantize, &Device::Cpu)?;
+    let options = LoadOptions { storage: quantize, device: Device::Cpu, compute: Compute::F32 };
+    let base = base::load(path, model, &options)?;
     let ids = base.text.encode(text)?;
     if ids.is_empty() {
         bail!("the text has no tokens");

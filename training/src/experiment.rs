@@ -12,6 +12,7 @@ use crate::finetune::{self, Example, StepLog};
 use crate::generate::Sampling;
 use crate::lora::Adapter;
 use crate::memory::{self, Estimate};
+use crate::model::{Compute, LoadOptions};
 use crate::recipe::Recipe;
 use crate::results::Results;
 use crate::{calibrate, interrupt, progress, statistics as stats, store};
@@ -39,6 +40,8 @@ pub struct Experiment {
     pub out: PathBuf,
     /// Where the network runs.
     pub device: Device,
+    /// What linear layers multiply in.
+    pub compute: Compute,
     /// Finetunes even where the estimate says that the memory will not do.
     pub ignore_memory: bool,
     stages: PathBuf,
@@ -77,7 +80,7 @@ fn key(parts: &impl Serialize) -> Result<String> {
 
 impl Experiment {
     /// Opens (and locks) `out` and loads the model. With `fresh`, finished stages are thrown away first.
-    pub fn open(recipe: Recipe, out: &Path, fresh: bool, device: Device) -> Result<Self> {
+    pub fn open(recipe: Recipe, out: &Path, fresh: bool, device: Device, compute: Compute) -> Result<Self> {
         let begun = Instant::now();
         let stages = out.join("stages");
         fs::create_dir_all(&stages).with_context(|| format!("cannot create {}", stages.display()))?;
@@ -96,11 +99,13 @@ impl Experiment {
         let name = Path::new(&recipe.model.id)
             .file_name()
             .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
-        let base = base::load(path, &name, recipe.model.quantize, &device)?;
+        let options = LoadOptions { storage: recipe.model.quantize, device: device.clone(), compute };
+        let base = base::load(path, &name, &options)?;
         Ok(Experiment {
             recipe,
             out: out.to_owned(),
             device,
+            compute,
             ignore_memory: false,
             stages,
             base,
@@ -114,10 +119,11 @@ impl Experiment {
         &self.base
     }
 
-    fn base_key(&self) -> (&str, &str, String, bool) {
+    /// What the numbers depend on: other devices and other products round elsewhere.
+    fn base_key(&self) -> (&str, &str, String, bool, Compute) {
         let identity = &self.base.identity;
         let config = format!("{:?}", self.base.decoder.config);
-        (&identity.weights_digest, &identity.quantization, config, self.device.is_cpu())
+        (&identity.weights_digest, &identity.quantization, config, self.device.is_cpu(), self.compute)
     }
 
     /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
@@ -197,7 +203,8 @@ impl Experiment {
         if let Some(best) = finetune::best(&log).filter(|_| f.patience > 0) {
             end += &format!("; the adapter of step {} of {} is kept", best.step, log.len());
         }
-        if let Some(peak) = memory::peak() {
+        // Of the host.
+        if let Some(peak) = memory::peak().filter(|_| self.device.is_cpu()) {
             end +=
                 &format!("; peak memory {} for an estimated {}", memory::size(peak), memory::size(estimate));
         }
@@ -212,8 +219,7 @@ impl Experiment {
         let estimate = Estimate::new(decoder, rows, recipe);
         let mut lighter = recipe.clone();
         lighter.gradient_checkpointing = true;
-        // The memory of other devices is not asked.
-        let available = memory::available().filter(|_| self.device.is_cpu());
+        let available = memory::available(&self.device);
         let free = available.map_or(String::new(), |a| format!("; {} are available", memory::size(a)));
         progress::note(&format!("memory needed, about {estimate}{free}"));
         if !self.ignore_memory {
@@ -512,6 +518,7 @@ impl Experiment {
             "kernel": format!("{:?}", emaudit::kernel::best()).to_lowercase(),
             "threads": rayon::current_num_threads(),
             "device": format!("{:?}", self.device),
+            "compute": self.compute,
             "peak_memory_bytes": memory::peak(),
             "out": self.out,
         });

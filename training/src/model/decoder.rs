@@ -4,7 +4,7 @@
 
 use super::attention::{Scores, Visibility, attention};
 use super::ops::{self, Norm, Rotation};
-use super::{Cache, Config, Layer};
+use super::{Cache, Compute, Config, Layer};
 use crate::lora::{Adapter, Lora};
 use crate::quant::Frozen;
 use candle_core::{Device, Result, Tensor};
@@ -85,6 +85,8 @@ pub struct Decoder {
     pub config: Config,
     /// Where the weights live.
     pub device: Device,
+    /// What the linear layers multiply in.
+    pub compute: Compute,
     pub(super) embedding: Tensor,
     pub(super) blocks: Vec<Block>,
     pub(super) final_norm: Norm,

@@ -1,10 +1,11 @@
 //! A frozen linear layer: the weight never changes, the gradient passes through it to its input.
 
-use super::Nf4;
+use super::{Nf4, Placed};
+use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
+use crate::model::Compute;
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
 use anyhow::Result;
-use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Shape, Tensor};
 use std::sync::Arc;
 
@@ -33,23 +34,47 @@ enum Weight {
     Quantized {
         nf4: Nf4,
         decoded: Option<Tensor>,
-        device: Device,
     },
+    /// NF4 on a GPU, decoded for every use.
+    Placed(Placed),
 }
 
 impl Frozen {
     /// Takes an f32 weight `[out, in]`; with [`Storage::Nf4`] only its quantised form is used from here on.
     pub fn new(weight: Tensor, bias: Option<Tensor>, storage: Storage, keep_decoded: bool) -> Result<Self> {
+        if !weight.device().is_cpu() {
+            let device = weight.device().clone();
+            return Self::on(&device, Compute::F32, weight, bias, storage);
+        }
         let weight = match storage {
             Storage::None => Weight::Full(turned(&weight)?),
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
-                let device = weight.device().clone();
-                let decoded = keep_decoded.then(|| turned(&decode(&nf4, &device)?)).transpose()?;
-                Weight::Quantized { nf4, decoded, device }
+                let decoded = keep_decoded.then(|| turned(&decode(&nf4)?)).transpose()?;
+                Weight::Quantized { nf4, decoded }
             }
         };
+        Ok(Frozen { weight: Arc::new(weight), bias })
+    }
+
+    /// The same on a GPU, for products in f32 or bf16. The weight may be anywhere, and is best on the host.
+    pub fn on(
+        device: &Device,
+        compute: Compute,
+        weight: Tensor,
+        bias: Option<Tensor>,
+        storage: Storage,
+    ) -> Result<Self> {
+        let weight = match storage {
+            Storage::None => Weight::Full(weight.to_dtype(compute.dtype())?.to_device(device)?),
+            Storage::Nf4 => {
+                let (rows, cols) = weight.dims2()?;
+                let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
+                Weight::Placed(Placed::new(&nf4, compute.dtype(), device)?)
+            }
+        };
+        let bias = bias.map(|b| b.to_device(device)).transpose()?;
         Ok(Frozen { weight: Arc::new(weight), bias })
     }
 
@@ -58,25 +83,28 @@ impl Frozen {
         match &*self.weight {
             Weight::Full(w) => (w.dims()[0], w.dims()[1]),
             Weight::Quantized { nf4, .. } => (nf4.rows, nf4.cols),
+            Weight::Placed(nf4) => nf4.dims(),
         }
     }
 
-    /// The weight as f32 `[out, in]`, decoded if need be.
+    /// The weight as `[out, in]`, decoded if need be: f32, or on a GPU what it multiplies in.
     pub fn weight(&self) -> candle_core::Result<Tensor> {
         match &*self.weight {
             Weight::Full(w) => Ok(w.clone()),
             Weight::Quantized { decoded: Some(w), .. } => Ok(w.clone()),
-            Weight::Quantized { nf4, device, .. } => decode(nf4, device),
+            Weight::Quantized { nf4, .. } => decode(nf4),
+            Weight::Placed(nf4) => nf4.weight(),
         }
     }
 
     /// Bytes of the weight as it is held, a kept decoded copy included.
     pub fn bytes(&self) -> usize {
         match &*self.weight {
-            Weight::Full(w) => 4 * w.elem_count(),
-            Weight::Quantized { nf4, decoded, .. } => {
+            Weight::Full(w) => w.dtype().size_in_bytes() * w.elem_count(),
+            Weight::Quantized { nf4, decoded } => {
                 nf4.bytes() + decoded.as_ref().map_or(0, |w| 4 * w.elem_count())
             }
+            Weight::Placed(nf4) => nf4.bytes(),
         }
     }
 
@@ -85,18 +113,24 @@ impl Frozen {
     pub fn forward(&self, x: &Tensor, lora: Option<&Lora>) -> candle_core::Result<Tensor> {
         let layer = self.clone();
         let y = match (lora, x.device().is_cpu()) {
-            (None, true) => x.apply_op1(Linear { layer, outside: None })?,
+            (None, true) => x.apply_op1(Linear { layer, outside: Outside::default() })?,
             (None, false) => {
-                let y = x.detach().matmul(&self.weight()?.t()?)?;
-                x.apply_op1(Linear { layer, outside: Some(y) })?
+                let y = sum_of_products(&[(&x.detach(), &self.weight()?.t()?)])?;
+                match x.track_op() {
+                    true => x.apply_op1(Linear { layer, outside: Outside::new(y) })?,
+                    false => y,
+                }
             }
-            (Some(l), true) => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, None))?,
+            (Some(l), true) => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Outside::default()))?,
             (Some(l), false) => {
                 let (x_, a, b) = (x.detach(), l.a.detach(), l.b.detach());
                 let seen = l.dropout.map_or_else(|| Ok(x_.clone()), |d| d.of(&x_))?;
                 let low = (seen.matmul(&a.t()?)? * l.scaling)?;
-                let y = (x_.matmul(&self.weight()?.t()?)? + low.matmul(&b.t()?)?)?;
-                x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Some(y)))?
+                let y = sum_of_products(&[(&x_, &self.weight()?.t()?), (&low, &b.t()?)])?;
+                match [x, &l.a, &l.b].into_iter().any(Tensor::track_op) {
+                    true => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Outside::new(y)))?,
+                    false => y,
+                }
             }
         };
         match &self.bias {
@@ -116,8 +150,8 @@ impl Frozen {
     }
 }
 
-fn decode(nf4: &Nf4, device: &Device) -> candle_core::Result<Tensor> {
-    Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), device)
+fn decode(nf4: &Nf4) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), &Device::Cpu)
 }
 
 /// The same matrix, stored column by column.
@@ -129,8 +163,8 @@ fn turned(weight: &Tensor) -> candle_core::Result<Tensor> {
 /// graph holds activations only.
 struct Linear {
     layer: Frozen,
-    /// The result, where it was computed before: on devices other than the CPU.
-    outside: Option<Tensor>,
+    /// The result, where it was computed before: on a GPU.
+    outside: Outside,
 }
 
 /// The layer and its adapter as one node of the graph, in (x, A, B).
@@ -139,21 +173,12 @@ struct LoraLinear {
     scaling: f64,
     dropout: Option<Dropout>,
     /// As in [`Linear`].
-    outside: Option<Tensor>,
+    outside: Outside,
 }
 
 impl LoraLinear {
-    fn new(layer: Frozen, lora: &Lora, outside: Option<Tensor>) -> Self {
+    fn new(layer: Frozen, lora: &Lora, outside: Outside) -> Self {
         LoraLinear { layer, scaling: lora.scaling, dropout: lora.dropout, outside }
-    }
-}
-
-fn computed(outside: &Option<Tensor>) -> candle_core::Result<(CudaStorage, Shape)> {
-    let Some(y) = outside else { candle_core::bail!("the product was not computed") };
-    let (storage, layout) = y.storage_and_layout();
-    match &*storage {
-        candle_core::Storage::Cuda(s) => Ok((s.try_clone(layout)?, layout.shape().clone())),
-        _ => candle_core::bail!("the product is on another device"),
     }
 }
 
@@ -168,7 +193,7 @@ impl CustomOp1 for Linear {
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        computed(&self.outside)
+        self.outside.output()
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -217,7 +242,7 @@ impl CustomOp3 for LoraLinear {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        computed(&self.outside)
+        self.outside.output()
     }
 
     fn bwd(

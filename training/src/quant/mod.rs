@@ -3,7 +3,9 @@
 mod dynamic;
 mod frozen;
 mod nf4;
+mod placed;
 
 pub use dynamic::{DYNAMIC_BLOCK, Dynamic8, Sign};
 pub use frozen::{Frozen, Storage};
 pub use nf4::{BLOCK, CODEBOOK, Nf4, SCALE_BLOCK, dynamic_map, unsigned_dynamic_map};
+pub use placed::Placed;

@@ -3,7 +3,7 @@
 use candle_core::{D, Device, Tensor};
 use emaudit_train::finetune::Example;
 use emaudit_train::lora::Adapter;
-use emaudit_train::model::{self, Batch, Config, Decoder, LoadOptions, no_edit};
+use emaudit_train::model::{self, Batch, Compute, Config, Decoder, LoadOptions, no_edit};
 use emaudit_train::quant::Storage;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -43,13 +43,49 @@ impl Golden {
     }
 }
 
+/// f32 on `device`.
+pub fn options(storage: Storage, device: &Device) -> LoadOptions {
+    LoadOptions { storage, device: device.clone(), compute: Compute::F32 }
+}
+
 pub fn load(folder: &Path, storage: Storage) -> anyhow::Result<Decoder> {
-    model::load(folder, &LoadOptions { storage, device: Device::Cpu })
+    model::load(folder, &options(storage, &Device::Cpu))
 }
 
 pub fn tiny() -> Decoder {
-    load(&path("tiny"), Storage::None).unwrap()
+    tiny_on(&Device::Cpu)
 }
+
+pub fn tiny_on(device: &Device) -> Decoder {
+    model::load(&path("tiny"), &options(Storage::None, device)).unwrap()
+}
+
+/// The first GPU; where there is none, that is said.
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Option<Device> {
+    Device::new_cuda(0).map_err(|e| crate::skipped::missing("a test on a GPU", &e.to_string())).ok()
+}
+
+/// Makes each body, a function of a device, a test on the CPU, and in a build with the feature `cuda` one on a GPU.
+macro_rules! on_every_device {
+    ($($body:ident),+ $(,)?) => {$(
+        mod $body {
+            #[test]
+            fn on_the_cpu() {
+                super::$body(&candle_core::Device::Cpu);
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            fn on_a_gpu() {
+                if let Some(gpu) = crate::fixture::gpu() {
+                    super::$body(&gpu);
+                }
+            }
+        }
+    )+};
+}
+pub(crate) use on_every_device;
 
 /// The tiny model's folder with its tensors and configuration changed by `edit`, in f32.
 pub fn edited(edit: impl FnOnce(&mut BTreeMap<String, Tensor>, &mut serde_json::Value)) -> tempfile::TempDir {

@@ -9,8 +9,12 @@ mod finetuning;
 mod fixture;
 mod gguf;
 mod nf4;
+mod ops;
 mod optimizer;
 mod real;
 mod refusals;
+#[cfg(feature = "cuda")]
+#[path = "../../../tests/skipped/mod.rs"]
+mod skipped;
 mod steering;
 mod training;

@@ -1,6 +1,6 @@
 //! Real models, those that are there: in `EMAUDIT_TEST_MODEL` or the cache folder of this user.
 
-use crate::fixture::{path, read_json, run};
+use crate::fixture::{options, path, read_json, run};
 use emaudit_train::quant::Storage;
 use emaudit_train::{base, store};
 use sha2::{Digest, Sha256};
@@ -94,7 +94,7 @@ fn same_tokens(model: &base::Base, golden: &serde_json::Value) {
 }
 
 fn compare(file: &Path, golden: &serde_json::Value) {
-    let model = base::load(file, "real", Storage::None, &candle_core::Device::Cpu).unwrap();
+    let model = base::load(file, "real", &options(Storage::None, &candle_core::Device::Cpu)).unwrap();
     same_tokens(&model, golden);
     let numbers = |v: &serde_json::Value| -> Vec<f64> { serde_json::from_value(v.clone()).unwrap() };
     let (mut worst_logit, mut worst_norm, mut compared) = (0f64, 0f64, 0);
