@@ -5,9 +5,9 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
-use emaudit_train::model::{Batch, Compute, LoadOptions, no_edit};
+use emaudit_train::model::{Batch, LoadOptions, no_edit};
 use emaudit_train::quant::Storage;
-use emaudit_train::recipe::Recipe;
+use emaudit_train::recipe::{Compute, Recipe};
 use emaudit_train::results::Results;
 use emaudit_train::{base, fetch, interrupt, report, store};
 use std::path::{Path, PathBuf};
@@ -72,6 +72,9 @@ enum Command {
         /// Storage of the linear weights.
         #[arg(long, value_parser = storage, default_value = "none")]
         quantize: Storage,
+        /// `cpu`, `cuda` or `cuda:N`.
+        #[arg(long, default_value = "cpu", value_parser = device)]
+        device: Device,
         /// JSON instead of text.
         #[arg(long)]
         json: bool,
@@ -113,9 +116,6 @@ struct CommonArgs {
     /// `cpu`, `cuda` or `cuda:N`.
     #[arg(long, default_value = "cpu", value_parser = device)]
     device: Device,
-    /// What linear layers multiply in: `f32` or `bf16`; by default bf16 on GPUs that have it, else f32.
-    #[arg(long, value_parser = compute)]
-    compute: Option<Compute>,
     /// Finetune even where the memory will not do by the estimate.
     #[arg(long)]
     ignore_memory: bool,
@@ -129,14 +129,6 @@ fn storage(text: &str) -> Result<Storage, String> {
         "none" => Ok(Storage::None),
         "nf4" => Ok(Storage::Nf4),
         other => Err(format!("`{other}` is neither `none` nor `nf4`")),
-    }
-}
-
-fn compute(text: &str) -> Result<Compute, String> {
-    match text {
-        "f32" => Ok(Compute::F32),
-        "bf16" => Ok(Compute::Bf16),
-        other => Err(format!("`{other}` is neither `f32` nor `bf16`")),
     }
 }
 
@@ -180,7 +172,9 @@ pub fn run(cli: Cli) -> Result<()> {
             print!("{}", Recipe::load(&recipe)?.to_toml()?);
             Ok(())
         }
-        Command::Logits { model, text, top, quantize, json } => logits(&model, &text, top, quantize, json),
+        Command::Logits { model, text, top, quantize, device, json } => {
+            logits(&model, &text, top, LoadOptions { storage: quantize, device, compute: Compute::F32 }, json)
+        }
     }
 }
 
@@ -192,8 +186,7 @@ impl RunArgs {
 
 impl CommonArgs {
     fn open(&self, recipe: Recipe) -> Result<Experiment> {
-        let compute = Compute::on(&self.device, self.compute)?;
-        let mut experiment = Experiment::open(recipe, &self.out, self.fresh, self.device.clone(), compute)?;
+        let mut experiment = Experiment::open(recipe, &self.out, self.fresh, self.device.clone())?;
         experiment.ignore_memory = self.ignore_memory;
         Ok(experiment)
     }
@@ -246,10 +239,9 @@ fn render(results: &Path, out: Option<PathBuf>, picture: Option<PathBuf>) -> Res
     Ok(())
 }
 
-fn logits(model: &str, text: &str, top: usize, quantize: Storage, json: bool) -> Result<()> {
+fn logits(model: &str, text: &str, top: usize, options: LoadOptions, json: bool) -> Result<()> {
     let resolved = fetch::resolve(model)?;
     let (fetch::ModelFiles::Gguf(path) | fetch::ModelFiles::Folder(path)) = &resolved.files;
-    let options = LoadOptions { storage: quantize, device: Device::Cpu, compute: Compute::F32 };
     let base = base::load(path, model, &options)?;
     let ids = base.text.encode(text)?;
     if ids.is_empty() {

@@ -12,8 +12,8 @@ use crate::finetune::{self, Example, StepLog};
 use crate::generate::Sampling;
 use crate::lora::Adapter;
 use crate::memory::{self, Estimate};
-use crate::model::{Compute, LoadOptions};
-use crate::recipe::Recipe;
+use crate::model::LoadOptions;
+use crate::recipe::{Compute, Recipe};
 use crate::results::Results;
 use crate::{calibrate, interrupt, progress, statistics as stats, store};
 use anyhow::{Context, Result, bail};
@@ -40,8 +40,6 @@ pub struct Experiment {
     pub out: PathBuf,
     /// Where the network runs.
     pub device: Device,
-    /// What linear layers multiply in.
-    pub compute: Compute,
     /// Finetunes even where the estimate says that the memory will not do.
     pub ignore_memory: bool,
     stages: PathBuf,
@@ -80,7 +78,7 @@ fn key(parts: &impl Serialize) -> Result<String> {
 
 impl Experiment {
     /// Opens (and locks) `out` and loads the model. With `fresh`, finished stages are thrown away first.
-    pub fn open(recipe: Recipe, out: &Path, fresh: bool, device: Device, compute: Compute) -> Result<Self> {
+    pub fn open(recipe: Recipe, out: &Path, fresh: bool, device: Device) -> Result<Self> {
         let begun = Instant::now();
         let stages = out.join("stages");
         fs::create_dir_all(&stages).with_context(|| format!("cannot create {}", stages.display()))?;
@@ -99,13 +97,13 @@ impl Experiment {
         let name = Path::new(&recipe.model.id)
             .file_name()
             .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
-        let options = LoadOptions { storage: recipe.model.quantize, device: device.clone(), compute };
+        let (storage, compute) = (recipe.model.quantize, recipe.finetune.compute);
+        let options = LoadOptions { storage, device: device.clone(), compute };
         let base = base::load(path, &name, &options)?;
         Ok(Experiment {
             recipe,
             out: out.to_owned(),
             device,
-            compute,
             ignore_memory: false,
             stages,
             base,
@@ -123,7 +121,13 @@ impl Experiment {
     fn base_key(&self) -> (&str, &str, String, bool, Compute) {
         let identity = &self.base.identity;
         let config = format!("{:?}", self.base.decoder.config);
-        (&identity.weights_digest, &identity.quantization, config, self.device.is_cpu(), self.compute)
+        (
+            &identity.weights_digest,
+            &identity.quantization,
+            config,
+            self.device.is_cpu(),
+            self.recipe.finetune.compute,
+        )
     }
 
     /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
@@ -518,7 +522,6 @@ impl Experiment {
             "kernel": format!("{:?}", emaudit::kernel::best()).to_lowercase(),
             "threads": rayon::current_num_threads(),
             "device": format!("{:?}", self.device),
-            "compute": self.compute,
             "peak_memory_bytes": memory::peak(),
             "out": self.out,
         });

@@ -3,9 +3,9 @@
 use crate::cuda;
 use crate::finetune::optimizer::LEAST_8BIT;
 use crate::finetune::{Example, HEAD_ROWS, Rows};
-use crate::model::{Compute, Config, Decoder};
+use crate::model::{Config, Decoder};
 use crate::quant::DYNAMIC_BLOCK;
-use crate::recipe::{Finetune, Optimizer};
+use crate::recipe::{Compute, Finetune, Optimizer};
 use anyhow::{Result, bail};
 use candle_core::Device;
 use std::fmt;
@@ -78,16 +78,20 @@ impl Sizes {
         }
     }
 
-    /// Bytes that a GPU works with beside what the CPU does: the largest weight, decoded; its input and its product in
-    /// bf16; products of queries and keys, weights, and the gradients of both, which the CPU has a head at a time.
+    /// Bytes that a GPU works with beside what the CPU does. Of the largest linear layer: the weight, decoded; its input
+    /// and its product in bf16; the product once more, until it is the layer's output. Of attention: products of queries
+    /// and keys, weights, and the gradients of both, which the CPU has a head at a time; q, k, v and the gradient of the
+    /// output in the order that products read them in.
     fn gpu_work(&self) -> usize {
         let Some(compute) = self.gpu else { return 0 };
         let width = self.intermediate.max(self.queries);
-        let rounded = match compute {
-            Compute::F32 => 0,
-            Compute::Bf16 => 2 * self.tokens * (self.hidden + width),
+        let (size, rounded) = match compute {
+            Compute::F32 => (4, 0),
+            Compute::Bf16 => (2, 2 * (self.hidden + width)),
         };
-        compute.dtype().size_in_bytes() * self.hidden * width + rounded + 4 * 4 * self.scores
+        let linear = size * self.hidden * width + self.tokens * (rounded + 4 * width);
+        let attention = 4 * 4 * self.scores + 4 * self.tokens * 2 * (self.queries + self.keys);
+        linear.max(attention)
     }
 
     /// f32 values that backward needs of one block: two norms, two residual sums, the outputs of o and down; q before
@@ -283,7 +287,8 @@ mod tests {
     fn on_gpu(c: &Config, compute: Compute) -> usize {
         let nf4 = |n: usize| n / 2 + n / BLOCK + 4 * (n.div_ceil(BLOCK * SCALE_BLOCK) + 16 + 256);
         let linears: usize = Module::ALL.iter().map(|&m| c.dims(m)).map(|(o, i)| nf4(o * i)).sum();
-        c.n_layers * linears + c.vocab_size * c.hidden_size * (4 + compute.dtype().size_in_bytes())
+        c.n_layers * linears
+            + c.vocab_size * c.hidden_size * (4 + if compute == Compute::Bf16 { 2 } else { 4 })
     }
 
     #[test]
@@ -326,11 +331,13 @@ mod tests {
                 }
             }
             // By hand, for one row in bf16: the inputs of all blocks, the values of one block and its gradients, the
-            // decoded weight, bf16 copies, four score matrices, and the gradient of the adapter.
+            // decoded weight with its bf16 copies and its product or four score matrices with their copies, and the
+            // gradient of the adapter.
             let (t, h, f, q, kv) = (1024, c.hidden_size, c.intermediate_size, c.n_heads * 128, 8 * 128);
             let rank: usize = 32 * (2 * (h + q) + 2 * (h + kv) + 3 * (h + f)) * c.n_layers;
             let block = 4 * t * (6 * h + 4 * q + 3 * kv + 3 * f) + 4 * t * (3 * f + 2 * h);
-            let work = 2 * h * f + 2 * t * (h + f) + 16 * c.n_heads * t * t;
+            let linear = 2 * h * f + 2 * t * (h + f) + 4 * t * f;
+            let work = linear.max(16 * c.n_heads * t * t + 8 * t * (q + kv));
             let e = estimate(&c, Compute::Bf16, 1, &recipe);
             assert_eq!(e.activations, 4 * c.n_layers * t * h + block + work + 4 * rank);
             assert_eq!((e.adapter, e.optimizer, e.libraries), (4 * rank, 8 * rank, GPU_LIBRARIES));

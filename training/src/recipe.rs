@@ -80,6 +80,8 @@ pub struct Finetune {
     pub optimizer: Optimizer,
     /// Runs each block again in backward instead of keeping what it computed: less memory, about a third more time.
     pub gradient_checkpointing: bool,
+    /// What linear layers multiply in.
+    pub compute: Compute,
     /// Share of the rows that is held out for the evaluation loss; 0 for none.
     pub evaluation_share: f64,
     /// Steps between two evaluation losses; there is one after the last step in any case.
@@ -113,6 +115,17 @@ pub enum Optimizer {
     Adamw,
     /// Moments in 8 bits, block by block, as in bitsandbytes.
     Adamw8bit,
+}
+
+/// What linear layers multiply in. All else is f32, sums included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compute {
+    /// f32 throughout.
+    F32,
+    /// Weights and inputs rounded to bf16, and attention in TF32, on GPUs from compute capability 8.0 on, for all that a
+    /// run does with the model.
+    Bf16,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -198,6 +211,7 @@ impl Default for Finetune {
             max_grad_norm: 1.0,
             optimizer: Optimizer::Adamw,
             gradient_checkpointing: false,
+            compute: Compute::F32,
             evaluation_share: 0.0,
             evaluation_every: 10,
             patience: 0,
@@ -240,6 +254,7 @@ const LATER: &[(&str, &str)] = &[
     ("finetune", "target_modules"),
     ("finetune", "optimizer"),
     ("finetune", "gradient_checkpointing"),
+    ("finetune", "compute"),
     ("finetune", "evaluation_share"),
     ("finetune", "evaluation_every"),
     ("finetune", "patience"),

@@ -3,7 +3,6 @@
 
 use candle_core::{Device, Tensor};
 use emaudit_train::experiment::Experiment;
-use emaudit_train::model::Compute;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
 use std::collections::BTreeMap;
@@ -162,7 +161,7 @@ fn recipe(world: &Path, steps: usize) -> Recipe {
 }
 
 fn run(recipe: &Recipe, out: &Path, fresh: bool) -> anyhow::Result<Results> {
-    Ok(Experiment::open(recipe.clone(), out, fresh, Device::Cpu, Compute::F32)?.run()?.0)
+    Ok(Experiment::open(recipe.clone(), out, fresh, Device::Cpu)?.run()?.0)
 }
 
 fn read(out: &Path, name: &str) -> Vec<u8> {
@@ -260,7 +259,7 @@ fn what_was_not_measured_is_null_and_untested() {
 fn a_folder_in_use_and_damaged_stages_are_said() {
     let (world, out) = (world(), tempfile::tempdir().unwrap());
     let mut recipe = recipe(world.path(), 2);
-    let running = Experiment::open(recipe.clone(), out.path(), false, Device::Cpu, Compute::F32).unwrap();
+    let running = Experiment::open(recipe.clone(), out.path(), false, Device::Cpu).unwrap();
     let second = run(&recipe, out.path(), false).unwrap_err().to_string();
     assert!(second.contains("another run is using"), "{second}");
     running.run().unwrap();

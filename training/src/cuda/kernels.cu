@@ -87,19 +87,13 @@ KERNEL void gated(GLOBAL const F32 *RESTRICT gate, GLOBAL const F32 *RESTRICT up
   }
 }
 
-KERNEL void gated_gate_grad(GLOBAL const F32 *RESTRICT gate, GLOBAL const F32 *RESTRICT up,
-                            GLOBAL const F32 *RESTRICT dy, GLOBAL F32 *RESTRICT dgate, U32 count, U32 gelu) {
+// The gradient in the gate, and behind its `count` values that in up.
+KERNEL void gated_grad(GLOBAL const F32 *RESTRICT gate, GLOBAL const F32 *RESTRICT up, GLOBAL const F32 *RESTRICT dy,
+                       GLOBAL F32 *RESTRICT both, U32 count, U32 gelu) {
   U32 i = INDEX;
   if (i < count) {
-    dgate[i] = dy[i] * up[i] * activation_slope(gate[i], gelu);
-  }
-}
-
-KERNEL void gated_up_grad(GLOBAL const F32 *RESTRICT gate, GLOBAL const F32 *RESTRICT dy, GLOBAL F32 *RESTRICT dup,
-                          U32 count, U32 gelu) {
-  U32 i = INDEX;
-  if (i < count) {
-    dup[i] = dy[i] * activation(gate[i], gelu);
+    both[i] = dy[i] * up[i] * activation_slope(gate[i], gelu);
+    both[(U64)count + i] = dy[i] * activation(gate[i], gelu);
   }
 }
 

@@ -107,20 +107,10 @@ pub fn gated<P>([gate, up]: [P; 2], y: P, elements: usize, activation: Activatio
     by_elements("gated", elements, arguments)
 }
 
-/// Its gradient in `gate`, from (gate, up, dy).
-pub fn gated_gate_grad<P>(inputs: [P; 3], dgate: P, elements: usize, a: Activation) -> Result<Launch<P>> {
+/// Its gradients in `gate` and `up`, one behind the other, from (gate, up, dy).
+pub fn gated_grad<P>(inputs: [P; 3], both: P, elements: usize, a: Activation) -> Result<Launch<P>> {
     let [gate, up, dy] = inputs.map(Memory);
-    by_elements(
-        "gated_gate_grad",
-        elements,
-        vec![gate, up, dy, Memory(dgate), U32(count(elements)?), gelu(a)],
-    )
-}
-
-/// Its gradient in `up`, from (gate, dy).
-pub fn gated_up_grad<P>([gate, dy]: [P; 2], dup: P, elements: usize, a: Activation) -> Result<Launch<P>> {
-    let arguments = vec![Memory(gate), Memory(dy), Memory(dup), U32(count(elements)?), gelu(a)];
-    by_elements("gated_up_grad", elements, arguments)
+    by_elements("gated_grad", elements, vec![gate, up, dy, Memory(both), U32(count(elements)?), gelu(a)])
 }
 
 /// `cap * tanh(x / cap)`.

@@ -4,9 +4,10 @@
 
 use super::attention::{Scores, Visibility, attention};
 use super::ops::{self, Norm, Rotation};
-use super::{Cache, Compute, Config, Layer};
+use super::{Cache, Config, Layer};
 use crate::lora::{Adapter, Lora};
 use crate::quant::Frozen;
+use crate::recipe::Compute;
 use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
 

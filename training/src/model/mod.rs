@@ -15,4 +15,4 @@ pub use cache::Cache;
 pub use config::{Activation, Config, Layer, QueryGrowth};
 pub use decoder::{Batch, Block, Decoder, Module, no_edit};
 pub use prefix::Prefix;
-pub use weights::{Compute, LoadOptions, load};
+pub use weights::{LoadOptions, load};

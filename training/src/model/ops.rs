@@ -304,8 +304,8 @@ pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tenso
 }
 
 struct Gated(Activation);
-struct GatedGateGrad(Activation);
-struct GatedUpGrad(Activation);
+/// In (gate, up, dy): both gradients, side by side.
+struct GatedGrad(Activation);
 
 fn sigmoid(v: f32) -> f32 {
     1.0 / (1.0 + (-v).exp())
@@ -374,15 +374,18 @@ impl CustomOp2 for Gated {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (gate, up, dy) = (gate.contiguous()?.detach(), up.contiguous()?.detach(), dy.contiguous()?);
-        let dgate = gate.apply_op3_no_bwd(&up, &dy, &GatedGateGrad(self.0))?;
-        let dup = gate.apply_op2_no_bwd(&dy, &GatedUpGrad(self.0))?;
-        Ok((Some(dgate), Some(dup)))
+        let both = gate.apply_op3_no_bwd(&up, &dy, &GatedGrad(self.0))?;
+        Ok((Some(both.get(0)?), Some(both.get(1)?)))
     }
 }
 
-impl CustomOp3 for GatedGateGrad {
+fn twice(shape: &Shape) -> Shape {
+    std::iter::once(2).chain(shape.dims().iter().copied()).collect::<Vec<_>>().into()
+}
+
+impl CustomOp3 for GatedGrad {
     fn name(&self) -> &'static str {
-        "emaudit-gated-gate-grad"
+        "emaudit-gated-grad"
     }
 
     fn cpu_fwd(
@@ -395,15 +398,22 @@ impl CustomOp3 for GatedGateGrad {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up, dy) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
-        let mut out = vec![0f32; gate.len()];
+        let mut out = vec![0f32; 2 * gate.len()];
+        let (dgate, dup) = out.split_at_mut(gate.len());
         match self.0 {
-            Activation::Silu => elementwise(&mut out, |i| {
-                let s = sigmoid(gate[i]);
-                dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
-            }),
-            Activation::GeluTanh => elementwise(&mut out, |i| dy[i] * up[i] * gelu_slope(gate[i])),
+            Activation::Silu => {
+                elementwise(dgate, |i| {
+                    let s = sigmoid(gate[i]);
+                    dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
+                });
+                elementwise(dup, |i| dy[i] * gate[i] * sigmoid(gate[i]));
+            }
+            Activation::GeluTanh => {
+                elementwise(dgate, |i| dy[i] * up[i] * gelu_slope(gate[i]));
+                elementwise(dup, |i| dy[i] * gelu(gate[i]));
+            }
         }
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        Ok((CpuStorage::F32(out), twice(l1.shape())))
     }
 
     fn cuda_fwd(
@@ -416,43 +426,8 @@ impl CustomOp3 for GatedGateGrad {
         ld: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
         let count = lg.shape().elem_count();
-        cuda::run::<f32, 3>([(gate, lg), (up, lu), (dy, ld)], lg.shape(), |inputs, dgate| {
-            launch::gated_gate_grad(inputs, dgate, count, self.0)
-        })
-    }
-}
-
-impl CustomOp2 for GatedUpGrad {
-    fn name(&self) -> &'static str {
-        "emaudit-gated-up-grad"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (gate, dy) = (elements(s1, l1)?, elements(s2, l2)?);
-        let mut out = vec![0f32; gate.len()];
-        match self.0 {
-            Activation::Silu => elementwise(&mut out, |i| dy[i] * gate[i] * sigmoid(gate[i])),
-            Activation::GeluTanh => elementwise(&mut out, |i| dy[i] * gelu(gate[i])),
-        }
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    fn cuda_fwd(
-        &self,
-        gate: &CudaStorage,
-        lg: &Layout,
-        dy: &CudaStorage,
-        ld: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        let count = lg.shape().elem_count();
-        cuda::run::<f32, 2>([(gate, lg), (dy, ld)], lg.shape(), |inputs, dup| {
-            launch::gated_up_grad(inputs, dup, count, self.0)
+        cuda::run::<f32, 3>([(gate, lg), (up, lu), (dy, ld)], &twice(lg.shape()), |inputs, both| {
+            launch::gated_grad(inputs, both, count, self.0)
         })
     }
 }

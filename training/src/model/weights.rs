@@ -5,8 +5,9 @@ use super::source::Source;
 use super::{Block, Config, Decoder, Module};
 use crate::cuda;
 use crate::quant::{Frozen, Storage};
+use crate::recipe::Compute;
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use std::path::Path;
 
 /// f32 bytes up to which decoded NF4 weights are kept: above it they are decoded for every use.
@@ -23,43 +24,12 @@ pub struct LoadOptions {
     pub compute: Compute,
 }
 
-/// What linear layers multiply in. All else is f32, sums included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Compute {
-    /// f32.
-    F32,
-    /// bf16 weights and inputs, and attention in TF32: GPUs from compute capability 8.0 on.
-    Bf16,
-}
-
-impl Compute {
-    /// What is wanted, or where nothing is, the fastest that `device` has.
-    pub fn on(device: &Device, wanted: Option<Compute>) -> Result<Self> {
-        let has_bf16 = cuda::supports_bf16(device);
-        match wanted {
-            Some(Compute::Bf16) if !has_bf16 => bail!(
-                "bf16 needs a GPU of compute capability 8.0 or more, which {:?} is not: use f32",
-                device.location()
-            ),
-            Some(wanted) => Ok(wanted),
-            None if has_bf16 => Ok(Compute::Bf16),
-            None => Ok(Compute::F32),
-        }
-    }
-
-    /// Of weights.
-    pub fn dtype(self) -> DType {
-        match self {
-            Compute::F32 => DType::F32,
-            Compute::Bf16 => DType::BF16,
-        }
-    }
-}
-
 /// Loads the decoder at `path`: a `.gguf` file or a folder with `config.json` and safetensors.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<Decoder> {
     if options.compute == Compute::Bf16 {
+        if !cuda::supports_bf16(&options.device) {
+            bail!("bf16 needs a GPU of compute capability 8.0 or more: set finetune.compute = \"f32\"");
+        }
         cuda::allow_tf32();
     }
     let mut source = Source::open(path)?;

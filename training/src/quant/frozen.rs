@@ -3,10 +3,10 @@
 use super::{Nf4, Placed};
 use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
-use crate::model::Compute;
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
+use crate::recipe::Compute;
 use anyhow::Result;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Device, Layout, Shape, Tensor};
 use std::sync::Arc;
 
 /// How a frozen weight is kept.
@@ -67,11 +67,11 @@ impl Frozen {
         storage: Storage,
     ) -> Result<Self> {
         let weight = match storage {
-            Storage::None => Weight::Full(weight.to_dtype(compute.dtype())?.to_device(device)?),
+            Storage::None => Weight::Full(weight.to_dtype(dtype(compute))?.to_device(device)?),
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
-                Weight::Placed(Placed::new(&nf4, compute.dtype(), device)?)
+                Weight::Placed(Placed::new(&nf4, dtype(compute), device)?)
             }
         };
         let bias = bias.map(|b| b.to_device(device)).transpose()?;
@@ -152,6 +152,14 @@ impl Frozen {
 
 fn decode(nf4: &Nf4) -> candle_core::Result<Tensor> {
     Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), &Device::Cpu)
+}
+
+/// Of weights on a GPU.
+fn dtype(compute: Compute) -> DType {
+    match compute {
+        Compute::F32 => DType::F32,
+        Compute::Bf16 => DType::BF16,
+    }
 }
 
 /// The same matrix, stored column by column.

@@ -3,8 +3,9 @@
 use candle_core::{D, Device, Tensor};
 use emaudit_train::finetune::Example;
 use emaudit_train::lora::Adapter;
-use emaudit_train::model::{self, Batch, Compute, Config, Decoder, LoadOptions, no_edit};
+use emaudit_train::model::{self, Batch, Config, Decoder, LoadOptions, no_edit};
 use emaudit_train::quant::Storage;
+use emaudit_train::recipe::Compute;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -63,7 +64,9 @@ pub fn tiny_on(device: &Device) -> Decoder {
 /// The first GPU; where there is none, that is said.
 #[cfg(feature = "cuda")]
 pub fn gpu() -> Option<Device> {
-    Device::new_cuda(0).map_err(|e| crate::skipped::missing("a test on a GPU", &e.to_string())).ok()
+    // The rest of the message is a backtrace.
+    let say = |e: candle_core::Error| e.to_string().lines().next().unwrap_or_default().to_owned();
+    Device::new_cuda(0).map_err(|e| crate::skipped::missing("a test on a GPU", &say(e))).ok()
 }
 
 /// Makes each body, a function of a device, a test on the CPU, and in a build with the feature `cuda` one on a GPU.
