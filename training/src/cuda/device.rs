@@ -11,7 +11,8 @@ use candle_core::{CudaStorage, DType, Device, Layout, Result, Shape};
 use half::bf16;
 
 /// Runs what `plan` makes of the inputs' addresses and that of the new output, which has `shape` and elements of `T`.
-/// Inputs must be contiguous.
+/// Inputs must be contiguous. The launch must be one of [`super::launch`], with the sizes of these tensors: only the
+/// operations of this crate, which have compared their shapes, make one.
 pub fn run<T: CudaDType + DeviceRepr, const N: usize>(
     inputs: [(&CudaStorage, &Layout); N],
     shape: &Shape,

@@ -10,9 +10,13 @@ mod device;
 pub mod launch;
 
 #[cfg(feature = "cuda")]
-pub use device::{allow_tf32, available, run, supports_bf16};
+pub(crate) use device::run;
+#[cfg(feature = "cuda")]
+pub use device::{allow_tf32, available, supports_bf16};
 #[cfg(not(feature = "cuda"))]
-pub use without::{allow_tf32, available, run, supports_bf16};
+pub(crate) use without::run;
+#[cfg(not(feature = "cuda"))]
+pub use without::{allow_tf32, available, supports_bf16};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaStorage, Result, Shape, Storage, Tensor};
