@@ -4,8 +4,12 @@
     pip install torch==2.15.0 transformers==5.23.0 peft==0.21.2 bitsandbytes==0.50.2 gguf==0.19.0 accelerate==1.15.0
     cargo build --release -p emaudit-train
     python training/bench/finetune.py MODEL.gguf                        # 4 x 256, SmolLM2-135M
-    python training/bench/finetune.py MODEL.gguf --batch 2 --steps 4    # a larger model
+    python training/bench/finetune.py MODEL.gguf --batch 2 --steps 4    # 2 x 256, Qwen2.5-Coder-1.5B
     python training/bench/finetune.py MODEL.gguf --json                 # one object
+
+It measures emaudit-train twice, with products in f32 (the default) and in bf16 (`compute = "bf16"`, which needs oneDNN:
+Debian's libdnnl2 or libdnnl3); `--compute f32` leaves the second out. `--converted FOLDER` keeps the model as the peer
+reads it, or takes it from there.
 
 Both sides: NF4 with double quantisation of all linear weights, LoRA of the same rank on the same seven modules, AdamW,
 the same rows, every row filled to --tokens, loss on the response. The peer computes under bf16 autocast, as people run it.
@@ -42,6 +46,7 @@ learning_rate = 1e-4
 warmup_steps = 0
 schedule = "constant"
 weight_decay = 0.01
+compute = "{compute}"
 """
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT = "Count the primes."
@@ -57,6 +62,8 @@ def arguments():
     parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--program", type=pathlib.Path, default=pathlib.Path("target/release/emaudit-train"))
+    parser.add_argument("--compute", choices=["f32", "bf16", "both"], default="both")
+    parser.add_argument("--converted", type=pathlib.Path, help="folder for the model in the peer's format")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peer", type=pathlib.Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -127,11 +134,11 @@ def run(command, **environment):
     return lines, usage.ru_maxrss / 1024
 
 
-def ours(args, folder):
+def ours(args, folder, compute):
     """One turn of emaudit-train, two adapters on the same rows: steps and peak memory."""
     data, recipe, out = folder / "rows.jsonl", folder / "recipe.toml", folder / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(args.batch)))
-    values = dict(model=args.model.resolve(), data=data, seed=SEED, alpha=2.0 * args.rank)
+    values = dict(model=args.model.resolve(), data=data, seed=SEED, alpha=2.0 * args.rank, compute=compute)
     recipe.write_text(RECIPE.format(**{**vars(args), **values}))
     _, memory = run([str(args.program), "finetune", "--recipe", str(recipe), "--out", str(out), "--fresh"])
     steps = []
@@ -160,33 +167,42 @@ def main():
         sys.exit(f"{args.program} is not there: cargo build --release -p emaudit-train, or name it with --program")
     cores = str(len(os.sched_getaffinity(0)))
     os.environ.update(OMP_NUM_THREADS=cores, RAYON_NUM_THREADS=cores, TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
+    computes = ["f32", "bf16"] if args.compute == "both" else [args.compute]
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
-        transformers_folder(args.model.resolve(), folder / "model")
-        sides = {"ours": ([], []), "peer": ([], [])}
+        converted = args.converted or folder / "model"
+        if not (converted / "config.json").is_file():
+            transformers_folder(args.model.resolve(), converted)
+        sides = {compute: lambda compute=compute: ours(args, folder, compute) for compute in computes}
+        sides["peer"] = lambda: theirs(args, converted)
+        steps, peaks = {name: [] for name in sides}, {name: [] for name in sides}
         for turn in range(args.turns):
             print(f"turn {turn + 1} of {args.turns}", file=sys.stderr)
-            for name, measured in (("ours", ours(args, folder)), ("peer", theirs(args, folder / "model"))):
-                sides[name][0].extend(measured[0])
-                sides[name][1].append(measured[1])
-    speed = {name: statistics.median(steps) for name, (steps, _) in sides.items()}
-    memory = {name: max(peaks) for name, (_, peaks) in sides.items()}
+            for name, measure in sides.items():
+                measured = measure()
+                steps[name].extend(measured[0])
+                peaks[name].append(measured[1])
+    speed = {name: statistics.median(all_steps) for name, all_steps in steps.items()}
+    memory = {name: max(peak) for name, peak in peaks.items()}
     found = {
         "model": args.model.name,
         "batch": args.batch,
         "tokens": args.tokens,
         "cores": int(cores),
         "tokens_per_second": speed,
-        "tokens_per_second_ratio": speed["ours"] / speed["peer"],
+        "tokens_per_second_ratio": {name: speed[name] / speed["peer"] for name in computes},
         "peak_mib": memory,
-        "peak_ratio": memory["ours"] / memory["peer"],
+        "peak_ratio": {name: memory[name] / memory["peer"] for name in computes},
     }
     if args.json:
         print(json.dumps(found))
         return
     print(f"{args.model.name}, {args.batch} x {args.tokens} tokens, rank {args.rank}, {cores} cores")
-    print(f"tokens per second  ours {speed['ours']:8.1f}  peer {speed['peer']:8.1f}  ratio {found['tokens_per_second_ratio']:.2f}")
-    print(f"peak memory, MiB   ours {memory['ours']:8.0f}  peer {memory['peer']:8.0f}  ratio {found['peak_ratio']:.2f}")
+    print(f"{'':10}{'tokens/s':>10}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}")
+    for name in computes:
+        ratios = found["tokens_per_second_ratio"][name], found["peak_ratio"][name]
+        print(f"ours, {name:4}{speed[name]:10.1f}{ratios[0]:8.2f}{memory[name]:10.0f}{ratios[1]:8.2f}")
+    print(f"{'peer':10}{speed['peer']:10.1f}{'':8}{memory['peer']:10.0f}")
 
 
 if __name__ == "__main__":

@@ -118,16 +118,10 @@ impl Experiment {
     }
 
     /// What the numbers depend on: other devices and other products round elsewhere.
-    fn base_key(&self) -> (&str, &str, String, bool, Compute) {
-        let identity = &self.base.identity;
-        let config = format!("{:?}", self.base.decoder.config);
-        (
-            &identity.weights_digest,
-            &identity.quantization,
-            config,
-            self.device.is_cpu(),
-            self.recipe.finetune.compute,
-        )
+    fn base_key(&self) -> (&str, &str, String, Option<Compute>) {
+        let (identity, decoder) = (&self.base.identity, &self.base.decoder);
+        let gpu = (!self.device.is_cpu()).then_some(decoder.compute);
+        (&identity.weights_digest, &identity.quantization, format!("{:?}", decoder.config), gpu)
     }
 
     /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.

@@ -9,14 +9,17 @@ mod metrics;
 pub mod optimizer;
 mod rows;
 
+pub use crate::model::pass::{HEAD_ROWS, Workbench};
 pub use checkpoint::Checkpoint;
-pub use gradient::{Gradients, HEAD_ROWS, checkpointed_gradients, gradients, response_loss};
+pub use gradient::{
+    Gradients, checkpointed_gradients, direct_gradients, direct_loss, gradients, response_loss,
+};
 pub use metrics::Metrics;
 pub use rows::{Example, GROUPED_STEPS, RowCounts, Rows};
 
 use crate::lora::{Adapter, LoraConfig};
 use crate::model::Decoder;
-use crate::recipe::{Finetune, Schedule};
+use crate::recipe::{Compute, Finetune, Schedule};
 use crate::{progress, random};
 use anyhow::{Context, Result, bail};
 use candle_core::{Tensor, Var};
@@ -81,6 +84,7 @@ struct Trainer<'a> {
     /// The variables after the step of the lowest evaluation loss, where `patience` asks for them.
     best: Option<Vec<Tensor>>,
     log: Vec<StepLog>,
+    bench: Workbench,
 }
 
 /// Trains an adapter on `rows`, and keeps the last one, or with `patience` the one of the lowest evaluation loss.
@@ -150,7 +154,21 @@ impl<'a> Trainer<'a> {
         let (adapter, vars) =
             Adapter::trainable_on(decoder, &config, &recipe.target_modules, recipe.dropout, uniform)?;
         let optimizer = AdamW::new(&vars, recipe.optimizer, recipe.weight_decay)?;
-        Ok(Trainer { decoder, recipe, rows, seed, adapter, vars, optimizer, best: None, log: Vec::new() })
+        // A GPU has no use for the CPU's accelerator.
+        let compute = if decoder.device.is_cpu() { recipe.compute } else { Compute::F32 };
+        let bench = Workbench::new(compute)?;
+        Ok(Trainer {
+            decoder,
+            recipe,
+            rows,
+            seed,
+            adapter,
+            vars,
+            optimizer,
+            best: None,
+            log: Vec::new(),
+            bench,
+        })
     }
 
     /// All steps are done, or `patience` evaluations in a row brought nothing better.
@@ -227,11 +245,15 @@ impl<'a> Trainer<'a> {
                 }
                 false => &self.adapter,
             };
-            let one = match self.recipe.gradient_checkpointing {
-                true => checkpointed_gradients,
-                false => gradient::gradients,
+            let (decoder, vars, checkpointing) =
+                (self.decoder, &self.vars, self.recipe.gradient_checkpointing);
+            let (value, gradients) = match (decoder.device.is_cpu(), checkpointing) {
+                (true, _) => {
+                    direct_gradients(&self.bench, decoder, adapter, vars, batch, share, checkpointing)?
+                }
+                (false, true) => checkpointed_gradients(decoder, adapter, vars, batch, share)?,
+                (false, false) => gradient::gradients(decoder, adapter, vars, batch, share)?,
             };
-            let (value, gradients) = one(self.decoder, adapter, &self.vars, batch, share)?;
             if !value.is_finite() {
                 return Err(not_finite("loss", f64::from(value), step + 1, self.recipe));
             }
@@ -265,8 +287,11 @@ impl<'a> Trainer<'a> {
         let (mut sum, mut total) = (0f64, 0usize);
         for batch in rows.chunks(self.recipe.batch) {
             let targets = batch.iter().map(|e| e.targets()).sum::<usize>();
-            let loss = response_loss(self.decoder, Some(&adapter), batch)?.to_scalar::<f32>()?;
-            sum += f64::from(loss) * targets as f64;
+            let loss = match self.decoder.device.is_cpu() {
+                true => direct_loss(&self.bench, self.decoder, Some(&adapter), batch)?,
+                false => f64::from(response_loss(self.decoder, Some(&adapter), batch)?.to_scalar::<f32>()?),
+            };
+            sum += loss * targets as f64;
             total += targets;
         }
         Ok(sum / total as f64)

@@ -1,5 +1,6 @@
 //! Finetunes with QLoRA, extracts directions, evaluates them against controls, writes direction files.
 
+pub mod accelerator;
 pub mod answers;
 pub mod base;
 pub mod battery;

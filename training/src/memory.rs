@@ -4,7 +4,7 @@ use crate::cuda;
 use crate::finetune::optimizer::LEAST_8BIT;
 use crate::finetune::{Example, HEAD_ROWS, Rows};
 use crate::model::{Config, Decoder};
-use crate::quant::DYNAMIC_BLOCK;
+use crate::quant::{DYNAMIC_BLOCK, PIECE_BYTES};
 use crate::recipe::{Compute, Finetune, Optimizer};
 use anyhow::{Result, bail};
 use candle_core::Device;
@@ -17,6 +17,8 @@ use std::path::Path;
 pub struct Estimate {
     /// The frozen model, as it is loaded.
     pub weights: usize,
+    /// Copies of NF4 weights in f32 that the first step makes, where they are small and products are in f32.
+    pub decoded: usize,
     /// A and B, with the gradients of a step and the best adapter so far where `patience` keeps it.
     pub adapter: usize,
     /// The moments.
@@ -47,6 +49,9 @@ struct Sizes {
     scores: usize,
     /// On a GPU: what it multiplies in.
     gpu: Option<Compute>,
+    post_norms: bool,
+    /// Values of the largest weight that is decoded for every use in f32.
+    largest: usize,
 }
 
 impl Sizes {
@@ -60,7 +65,8 @@ impl Sizes {
         let longest = largest(&|e| e.ids.len(), &mut all)[0];
         let targets = largest(&Example::targets, &mut all).iter().sum();
         let gpu = (!decoder.device.is_cpu()).then_some(decoder.compute);
-        Self::new(&decoder.config, (recipe.batch, longest), targets, gpu)
+        let sizes = Self::new(&decoder.config, (recipe.batch, longest), targets, gpu);
+        Sizes { largest: decoder.largest_decoded_each_time(), ..sizes }
     }
 
     fn new(c: &Config, (batch, longest): (usize, usize), targets: usize, gpu: Option<Compute>) -> Self {
@@ -75,15 +81,34 @@ impl Sizes {
             targets,
             scores: batch * c.n_heads * longest * longest,
             gpu,
+            post_norms: c.post_norms,
+            largest: 0,
         }
     }
 
-    /// Bytes that a GPU works with beside what the CPU does. Of the largest linear layer: the weight, decoded; its input
-    /// and its product in bf16; the product once more, until it is the layer's output. Of attention: products of queries
-    /// and keys, weights, and the gradients of both, which the CPU has a head at a time; q, k, v and the gradient of the
+    /// Bytes for a batch on the CPU, where forward and backward are written out; `rank` is that of all adapters of a
+    /// block together, `half` says that products are in bf16.
+    fn direct(&self, checkpointing: bool, rank: usize, half: bool) -> usize {
+        let short = if half { 2 } else { 4 };
+        let left = if self.post_norms { 2 * self.hidden } else { 0 };
+        let rows = 2 * (self.queries + self.keys + self.intermediate) + rank + left;
+        let kept = self.tokens * (8 * self.hidden + short * rows);
+        let inputs = 4 * self.tokens * self.hidden;
+        let blocks = if checkpointing { self.layers * inputs + kept } else { self.layers * kept };
+        // The widest place is the feed-forward layer's backward: the inner values and the gradients of gate and up, in
+        // f32 and as products read them. Beside it the residual stream and attention, each with its gradients.
+        let widest = self.intermediate * if half { 8 + 3 * short } else { 12 };
+        let beside = 4 * (6 * self.hidden + 2 * self.queries + 2 * self.keys);
+        let head = self.targets.min(HEAD_ROWS) * self.vocabulary * if half { 6 } else { 4 };
+        let piece = if half { PIECE_BYTES } else { 4 * self.largest };
+        blocks + self.tokens * (widest + beside) + head + piece
+    }
+
+    /// Bytes that a GPU works with beside the activations of a block and their gradients. Of the largest linear layer:
+    /// the weight, decoded; its input and its product in bf16; the product once more, until it is the layer's output. Of
+    /// attention: products of queries and keys, weights, and the gradients of both; q, k, v and the gradient of the
     /// output in the order that products read them in.
-    fn gpu_work(&self) -> usize {
-        let Some(compute) = self.gpu else { return 0 };
+    fn gpu_work(&self, compute: Compute) -> usize {
         let width = self.intermediate.max(self.queries);
         let (size, rounded) = match compute {
             Compute::F32 => (4, 0),
@@ -105,25 +130,27 @@ impl Sizes {
         self.tokens * (3 * self.intermediate + 2 * self.hidden)
     }
 
-    /// Bytes for backward of one batch; `gradients` are the bytes that come to be meanwhile.
-    fn activations(&self, checkpointing: bool, gradients: usize) -> usize {
+    /// Bytes for backward of one batch on a GPU, where a graph is made; `gradients` are those that come to be meanwhile.
+    fn graph(&self, compute: Compute, checkpointing: bool, gradients: usize) -> usize {
+        let at_work = 4 * self.at_work() + self.gpu_work(compute);
         if checkpointing {
             let inputs = self.layers * self.tokens * self.hidden;
             let head = 2 * self.targets.min(HEAD_ROWS) * self.vocabulary;
-            let block = 4 * (self.block() + self.at_work()) + self.gpu_work();
-            return 4 * inputs + block.max(4 * head) + gradients;
+            return 4 * inputs + (4 * self.block() + at_work).max(4 * head) + gradients;
         }
         let kept = self.layers * self.block() + self.targets * (2 * self.hidden + self.vocabulary);
         // Either the gradient of the logits is at work, or that of the blocks and the adapter's are.
-        let at_work = 4 * self.at_work() + self.gpu_work() + gradients;
-        4 * kept + (4 * self.targets * self.vocabulary).max(at_work)
+        4 * kept + (4 * self.targets * self.vocabulary).max(at_work + gradients)
     }
 }
 
 impl Estimate {
     /// For these rows under this recipe.
     pub fn new(decoder: &Decoder, rows: &Rows, recipe: &Finetune) -> Self {
-        Self::of(Sizes::of_rows(decoder, rows, recipe), decoder.bytes(), &decoder.config, recipe)
+        let sizes = Sizes::of_rows(decoder, rows, recipe);
+        let decodes = decoder.device.is_cpu() && recipe.compute == Compute::F32;
+        let decoded = if decodes { decoder.bytes_to_decode() } else { 0 };
+        Estimate { decoded, ..Self::of(sizes, decoder.bytes(), &decoder.config, recipe) }
     }
 
     fn of(sizes: Sizes, weights: usize, config: &Config, recipe: &Finetune) -> Self {
@@ -138,20 +165,27 @@ impl Estimate {
         let optimizer = vars.into_iter().map(moments).sum();
         let best = if recipe.patience > 0 { 4 * parameters } else { 0 };
         let summed = if recipe.gradient_accumulation > 1 { 4 * parameters } else { 0 };
+        let (rank, half) = (recipe.rank * recipe.target_modules.len(), recipe.compute == Compute::Bf16);
+        let checkpointing = recipe.gradient_checkpointing;
+        let activations = match sizes.gpu {
+            None => sizes.direct(checkpointing, rank, half) + 4 * parameters,
+            Some(compute) => sizes.graph(compute, checkpointing, 4 * parameters),
+        };
         // A checkpoint is serialised in memory, at a time when no activations are held.
         let checkpoint = 4 * parameters + best + optimizer;
         Estimate {
             weights,
+            decoded: 0,
             adapter: 4 * parameters + best + summed,
             optimizer,
-            activations: sizes.activations(recipe.gradient_checkpointing, 4 * parameters).max(checkpoint),
+            activations: activations.max(checkpoint),
             libraries: sizes.gpu.map_or(0, |_| GPU_LIBRARIES),
         }
     }
 
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.adapter + self.optimizer + self.activations + self.libraries
+        self.weights + self.decoded + self.adapter + self.optimizer + self.activations + self.libraries
     }
 
     /// Refuses what does not fit into `available` bytes beside the weights, which are loaded already; `lighter` is the
@@ -178,13 +212,13 @@ impl Estimate {
 
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Estimate { weights, adapter, optimizer, activations, libraries } = *self;
-        let [total, weights, adapter, optimizer, activations] =
-            [self.total(), weights, adapter, optimizer, activations].map(size);
-        write!(
-            f,
-            "{total}: weights {weights}, adapter {adapter}, optimizer {optimizer}, activations {activations}"
-        )?;
+        let Estimate { weights, decoded, adapter, optimizer, activations, libraries } = *self;
+        write!(f, "{}: weights {}", size(self.total()), size(weights))?;
+        if decoded > 0 {
+            write!(f, ", decoded {}", size(decoded))?;
+        }
+        let [adapter, optimizer, activations] = [adapter, optimizer, activations].map(size);
+        write!(f, ", adapter {adapter}, optimizer {optimizer}, activations {activations}")?;
         match libraries {
             0 => Ok(()),
             n => write!(f, ", libraries of the GPU {}", size(n)),
@@ -242,6 +276,7 @@ mod tests {
     fn what_does_not_fit_is_refused_with_a_way_out() {
         let e = Estimate {
             weights: 1 << 30,
+            decoded: 0,
             adapter: 1 << 28,
             optimizer: 1 << 28,
             activations: 3 << 30,

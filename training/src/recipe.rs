@@ -78,10 +78,10 @@ pub struct Finetune {
     pub schedule: Schedule,
     pub max_grad_norm: f64,
     pub optimizer: Optimizer,
+    /// What matrix products are computed in.
+    pub compute: Compute,
     /// Runs each block again in backward instead of keeping what it computed: less memory, about a third more time.
     pub gradient_checkpointing: bool,
-    /// What linear layers multiply in.
-    pub compute: Compute,
     /// Share of the rows that is held out for the evaluation loss; 0 for none.
     pub evaluation_share: f64,
     /// Steps between two evaluation losses; there is one after the last step in any case.
@@ -117,14 +117,15 @@ pub enum Optimizer {
     Adamw8bit,
 }
 
-/// What linear layers multiply in. All else is f32, sums included.
+/// What matrix products are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compute {
     /// f32 throughout.
     F32,
-    /// Weights and inputs rounded to bf16, and attention in TF32, on GPUs from compute capability 8.0 on, for all that a
-    /// run does with the model.
+    /// Factors rounded to bf16, products summed in f32; faster, and less memory. On the CPU while finetuning, by oneDNN,
+    /// which must be installed; what is kept for backward is in bf16 too. On a GPU of compute capability 8.0 or more for
+    /// all that a run does with the model, and attention in TF32.
     Bf16,
 }
 
@@ -210,8 +211,8 @@ impl Default for Finetune {
             schedule: Schedule::Linear,
             max_grad_norm: 1.0,
             optimizer: Optimizer::Adamw,
-            gradient_checkpointing: false,
             compute: Compute::F32,
+            gradient_checkpointing: false,
             evaluation_share: 0.0,
             evaluation_every: 10,
             patience: 0,
@@ -253,8 +254,8 @@ const LATER: &[(&str, &str)] = &[
     ("finetune", "dropout"),
     ("finetune", "target_modules"),
     ("finetune", "optimizer"),
-    ("finetune", "gradient_checkpointing"),
     ("finetune", "compute"),
+    ("finetune", "gradient_checkpointing"),
     ("finetune", "evaluation_share"),
     ("finetune", "evaluation_every"),
     ("finetune", "patience"),

@@ -2,12 +2,11 @@
 
 use super::rows::Example;
 use crate::lora::Adapter;
+use crate::model::pass::{HEAD_ROWS, Task, Workbench};
 use crate::model::{Batch, Decoder, no_edit, ops};
 use anyhow::{Context, Result};
 use candle_core::{DType, Tensor, Var};
-
-/// Rows per product with the output head while checkpointing: 256 x 49,152 logits are 50 MB.
-pub const HEAD_ROWS: usize = 256;
+use std::collections::HashMap;
 
 /// Gradients in the order of the variables; `None` where the loss does not depend on one.
 pub type Gradients = Vec<Option<Tensor>>;
@@ -36,11 +35,56 @@ impl Padded {
         Ok(Padded { batch, rows: Tensor::new(rows, &decoder.device)?, targets })
     }
 
+    fn task<'a>(&'a self, rows: &'a [u32]) -> Task<'a> {
+        Task { ids: &self.batch.ids, left_pad: &self.batch.left_pad, rows, targets: &self.targets }
+    }
+
     /// The rows of `[batch, tokens, hidden]` that predict a target.
     fn predicting(&self, hidden: &Tensor) -> Result<Tensor> {
         let (batch, tokens, width) = hidden.dims3()?;
         Ok(hidden.reshape((batch * tokens, width))?.index_select(&self.rows, 0)?)
     }
+}
+
+/// [`response_loss`] and its gradient on the CPU, without a graph; `checkpointing` as in [`checkpointed_gradients`].
+pub fn direct_gradients(
+    bench: &Workbench,
+    decoder: &Decoder,
+    adapter: &Adapter,
+    vars: &[Var],
+    batch: &[&Example],
+    share: f64,
+    checkpointing: bool,
+) -> Result<(f32, Gradients)> {
+    let padded = Padded::new(decoder, batch)?;
+    let rows = padded.rows.to_vec1::<u32>()?;
+    let (loss, found) =
+        decoder.loss_and_gradients(bench, &padded.task(&rows), adapter, share, checkpointing)?;
+    let places: HashMap<_, _> = vars.iter().enumerate().map(|(i, v)| (v.as_tensor().id(), i)).collect();
+    let mut gradients: Gradients = vec![None; vars.len()];
+    for (layer, found) in found.into_iter().enumerate() {
+        for (lora, found) in adapter.block(layer).iter().zip(found) {
+            let Some((lora, (a, b))) = lora.as_ref().zip(found) else { continue };
+            for (tensor, values) in [(&lora.a, a), (&lora.b, b)] {
+                if let Some(&place) = places.get(&tensor.id()) {
+                    gradients[place] = Some(Tensor::from_vec(values, tensor.shape(), tensor.device())?);
+                }
+            }
+        }
+    }
+    Ok((loss as f32, gradients))
+}
+
+/// [`response_loss`] on the CPU, without a graph and without the logits of all rows.
+pub fn direct_loss(
+    bench: &Workbench,
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    batch: &[&Example],
+) -> Result<f64> {
+    let padded = Padded::new(decoder, batch)?;
+    let rows = padded.rows.to_vec1::<u32>()?;
+    decoder.loss(bench, &padded.task(&rows), adapter)
 }
 
 /// Mean cross-entropy (nats) over the response tokens of a batch.

@@ -6,6 +6,8 @@
 
 mod products;
 
+use super::kernels;
+use super::pass::Workbench;
 use super::product::{Elements, Matrix, Threads, product};
 use crate::cuda::Outside;
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
@@ -13,6 +15,9 @@ use products::Products;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Queries of one head that are worked on at a time: keys after the last of them are left out.
+const QUERIES: usize = 64;
 
 /// What becomes of the products of queries and keys before the softmax.
 #[derive(Clone, Copy, Debug)]
@@ -72,15 +77,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores, visible: &V
     q.apply_op3(k, v, Attention { scores, visible: visible.clone(), outside: Outside::new(y) })
 }
 
+/// The sizes of one attention.
 #[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    kv_heads: usize,
+pub(super) struct Sizes {
+    pub batch: usize,
+    pub kv_heads: usize,
     /// Query heads that share one key-value head.
-    group: usize,
-    tokens: usize,
-    keys: usize,
-    dim: usize,
+    pub group: usize,
+    pub tokens: usize,
+    pub keys: usize,
+    pub dim: usize,
 }
 
 impl Sizes {
@@ -110,13 +116,20 @@ struct Attention {
 }
 
 impl Attention {
-    /// Softmax weights of one query head, row-major `tokens x keys`, into `weights`; where `slopes` has room, also the
-    /// derivative of each capped score, 1 - tanh^2.
-    fn weights(&self, b: usize, q: Matrix<'_>, k: Matrix<'_>, weights: &mut [f32], slopes: &mut [f32]) {
+    /// Softmax weights of one query head's queries from `first` on, row-major `queries x keys`, into `weights`; where
+    /// `slopes` has room, also the derivative of each capped score, 1 - tanh^2.
+    fn weights(
+        &self,
+        (b, first): (usize, usize),
+        q: Matrix<'_>,
+        k: Matrix<'_>,
+        weights: &mut [f32],
+        slopes: &mut [f32],
+    ) {
         let keys = k.dims().0;
         product(weights, false, q, k.t(), Threads::One);
         for (i, row) in weights.chunks_mut(keys).enumerate() {
-            let (past, future) = row.split_at_mut(self.visible.offset + i + 1);
+            let (past, future) = row.split_at_mut(self.visible.offset + first + i + 1);
             let mut scale = self.scores.scale;
             if let Some(cap) = self.scores.cap {
                 for v in past.iter_mut() {
@@ -127,24 +140,13 @@ impl Attention {
                 }
                 scale = 1.0;
             }
-            for hidden in self.visible.hidden(b, i) {
+            for hidden in self.visible.hidden(b, first + i) {
                 past[hidden].fill(f32::NEG_INFINITY);
             }
-            softmax(past, scale);
+            kernels::softmax(past, scale);
             future.fill(0.0);
         }
     }
-}
-
-fn softmax(row: &mut [f32], scale: f32) {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0f32;
-    for v in row.iter_mut() {
-        *v = ((*v - max) * scale).exp();
-        sum += *v;
-    }
-    let inverse = 1.0 / sum;
-    row.iter_mut().for_each(|v| *v *= inverse);
 }
 
 impl CustomOp3 for Attention {
@@ -163,17 +165,11 @@ impl CustomOp3 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         let s = Sizes::new(lq.dims(), lk.dims())?;
         let mut out = vec![0f32; lq.shape().elem_count()];
-        out.par_chunks_mut(s.group * s.tokens * s.dim).enumerate().try_for_each(|(task, out)| {
-            let (b, j, heads) = s.task(task);
-            let (k, v) = (Matrix::of(k, lk, &[b, j])?, Matrix::of(v, lv, &[b, j])?);
-            let mut weights = vec![0f32; s.tokens * s.keys];
-            for (h, out) in heads.zip(out.chunks_mut(s.tokens * s.dim)) {
-                self.weights(b, Matrix::of(q, lq, &[b, h])?, k, &mut weights, &mut []);
-                let weights = Matrix::new(&weights, (s.tokens, s.keys), (s.keys, 1));
-                product(out, false, weights, v, Threads::One);
-            }
-            Ok::<_, candle_core::Error>(())
-        })?;
+        let given = [(q, lq), (k, lk), (v, lv)];
+        let at = |which: usize, b, h| Matrix::of(given[which].0, given[which].1, &[b, h]);
+        out.par_chunks_mut(s.group * s.tokens * s.dim)
+            .enumerate()
+            .try_for_each(|(task, out)| self.task_forward(&s, task, at, out))?;
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 
@@ -208,44 +204,148 @@ impl CustomOp3 for Attention {
             .zip(dk.par_chunks_mut(s.keys * s.dim))
             .zip(dv.par_chunks_mut(s.keys * s.dim))
             .enumerate()
-            .try_for_each(|(task, ((dq, dk), dv))| self.task_gradient(&s, task, [q, k, v, dy], dq, dk, dv))?;
+            .try_for_each(|(task, ((dq, dk), dv))| {
+                let given = [q, k, v, dy].map(Elements::of);
+                self.task_gradient(&s, task, |which, b, h| given[which].matrix(&[b, h]), [dq, dk, dv])
+            })?;
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
 }
 
+/// Of queries (0), keys (1), values (2) or the result's gradient (3): one head of one sequence, `[tokens, head_dim]`.
+trait Given<'a>: Fn(usize, usize, usize) -> Result<Matrix<'a>> {}
+impl<'a, F: Fn(usize, usize, usize) -> Result<Matrix<'a>>> Given<'a> for F {}
+
 impl Attention {
-    fn task_gradient(
+    /// The heads of one task into `out`: `[heads, tokens, head_dim]`.
+    fn task_forward<'a>(&self, s: &Sizes, task: usize, at: impl Given<'a>, out: &mut [f32]) -> Result<()> {
+        let (b, j, heads) = s.task(task);
+        let (k, v) = (at(1, b, j)?, at(2, b, j)?);
+        let mut weights = vec![0f32; s.tokens.min(QUERIES) * s.keys];
+        for (h, out) in heads.zip(out.chunks_mut(s.tokens * s.dim)) {
+            let q = at(0, b, h)?;
+            for (queries, keys) in self.strips(s) {
+                let (n, weights) = (queries.len(), &mut weights[..queries.len() * keys]);
+                self.weights((b, queries.start), q.rows(queries.start, n), k.rows(0, keys), weights, &mut []);
+                let weights = Matrix::new(weights, (n, keys), (keys, 1));
+                let out = &mut out[queries.start * s.dim..queries.end * s.dim];
+                product(out, false, weights, v.rows(0, keys), Threads::One);
+            }
+        }
+        Ok(())
+    }
+
+    /// Queries that are worked on at a time, with the number of keys that the last of them may see.
+    fn strips(&self, s: &Sizes) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let (tokens, keys, offset) = (s.tokens, s.keys, self.visible.offset);
+        (0..tokens).step_by(QUERIES).map(move |first| {
+            let end = (first + QUERIES).min(tokens);
+            (first..end, (offset + end).min(keys))
+        })
+    }
+
+    /// The gradients of one task, `dk` and `dv` being zero before.
+    fn task_gradient<'a>(
         &self,
         s: &Sizes,
         task: usize,
-        tensors: [&Tensor; 4],
-        dq: &mut [f32],
-        dk: &mut [f32],
-        dv: &mut [f32],
+        at: impl Given<'a>,
+        [dq, dk, dv]: [&mut [f32]; 3],
     ) -> Result<()> {
         let (b, j, heads) = s.task(task);
-        let [q, k, v, dy] = tensors.map(Elements::of);
-        let (k, v) = (k.matrix(&[b, j])?, v.matrix(&[b, j])?);
-        let mut weights = vec![0f32; s.tokens * s.keys];
-        let mut dscores = vec![0f32; s.tokens * s.keys];
-        let mut slopes = vec![0f32; self.scores.cap.map_or(0, |_| s.tokens * s.keys)];
+        let (k, v) = (at(1, b, j)?, at(2, b, j)?);
+        let room = s.tokens.min(QUERIES) * s.keys;
+        let (mut weights, mut dscores) = (vec![0f32; room], vec![0f32; room]);
+        let mut slopes = vec![0f32; self.scores.cap.map_or(0, |_| room)];
         for (h, dq) in heads.zip(dq.chunks_mut(s.tokens * s.dim)) {
-            let (q, dy) = (q.matrix(&[b, h])?, dy.matrix(&[b, h])?);
-            self.weights(b, q, k, &mut weights, &mut slopes);
-            product(&mut dscores, false, dy, v.t(), Threads::One);
-            for (w, d) in weights.chunks(s.keys).zip(dscores.chunks_mut(s.keys)) {
-                let dot: f32 = w.iter().zip(d.iter()).map(|(w, d)| w * d).sum();
-                d.iter_mut().zip(w).for_each(|(d, w)| *d = self.scores.scale * w * (*d - dot));
+            let (q, dy) = (at(0, b, h)?, at(3, b, h)?);
+            for (queries, keys) in self.strips(s) {
+                let (first, n) = (queries.start, queries.len());
+                let (q, dy, k, v) = (q.rows(first, n), dy.rows(first, n), k.rows(0, keys), v.rows(0, keys));
+                let (weights, dscores) = (&mut weights[..n * keys], &mut dscores[..n * keys]);
+                self.weights((b, first), q, k, weights, &mut slopes);
+                product(dscores, false, dy, v.t(), Threads::One);
+                for (w, d) in weights.chunks(keys).zip(dscores.chunks_mut(keys)) {
+                    kernels::softmax_gradient(w, self.scores.scale, d);
+                }
+                dscores.iter_mut().zip(&slopes).for_each(|(d, slope)| *d *= slope);
+                let shape = ((n, keys), (keys, 1));
+                let (weights, dscores) =
+                    (Matrix::new(weights, shape.0, shape.1), Matrix::new(dscores, shape.0, shape.1));
+                product(&mut dv[..keys * s.dim], true, weights.t(), dy, Threads::One);
+                product(&mut dq[first * s.dim..queries.end * s.dim], false, dscores, k, Threads::One);
+                product(&mut dk[..keys * s.dim], true, dscores.t(), q, Threads::One);
             }
-            dscores.iter_mut().zip(&slopes).for_each(|(d, slope)| *d *= slope);
-            let shape = ((s.tokens, s.keys), (s.keys, 1));
-            let dscores = Matrix::new(&dscores, shape.0, shape.1);
-            product(dv, true, Matrix::new(&weights, shape.0, shape.1).t(), dy, Threads::One);
-            product(dq, false, dscores, k, Threads::One);
-            product(dk, true, dscores.t(), q, Threads::One);
         }
         Ok(())
+    }
+}
+
+/// Attention over rows of all heads side by side, `[batch * tokens, heads * head_dim]`.
+pub(super) struct Heads {
+    pub sizes: Sizes,
+    pub scores: Scores,
+    pub visible: Visibility,
+}
+
+impl Heads {
+    fn op(&self) -> Attention {
+        Attention { scores: self.scores, visible: self.visible.clone(), outside: Outside::default() }
+    }
+
+    /// Values per row of queries, keys, values and the result's gradient.
+    fn widths(&self) -> [usize; 4] {
+        let s = &self.sizes;
+        let (keys, queries) = (s.kv_heads * s.dim, s.kv_heads * s.group * s.dim);
+        [queries, keys, keys, queries]
+    }
+
+    fn given<'a>(&self, values: &[&'a [f32]], which: usize, b: usize, h: usize) -> Matrix<'a> {
+        let (s, width) = (&self.sizes, self.widths()[which]);
+        let first = b * s.tokens * width + h * s.dim;
+        Matrix::new(&values[which][first..], (s.tokens, s.dim), (width, 1))
+    }
+
+    /// The result for queries, keys and values.
+    pub fn forward(&self, bench: &Workbench, qkv: [&[f32]; 3]) -> Result<Vec<f32>> {
+        let (s, op) = (&self.sizes, self.op());
+        let mut by_head = bench.floats(qkv[0].len());
+        by_head.par_chunks_mut(s.group * s.tokens * s.dim).enumerate().try_for_each(|(task, out)| {
+            op.task_forward(s, task, |w, b, h| Ok(self.given(&qkv, w, b, h)), out)
+        })?;
+        Ok(self.side_by_side(bench, by_head))
+    }
+
+    /// The gradients in queries, keys and values, from those three and the gradient in the result.
+    pub fn backward(&self, bench: &Workbench, given: [&[f32]; 4]) -> Result<[Vec<f32>; 3]> {
+        let (s, op) = (&self.sizes, self.op());
+        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|i| bench.floats(given[i].len()));
+        [&mut dk, &mut dv].into_iter().for_each(|d| d.fill(0.0));
+        dq.par_chunks_mut(s.group * s.tokens * s.dim)
+            .zip(dk.par_chunks_mut(s.keys * s.dim))
+            .zip(dv.par_chunks_mut(s.keys * s.dim))
+            .enumerate()
+            .try_for_each(|(task, ((dq, dk), dv))| {
+                op.task_gradient(s, task, |w, b, h| Ok(self.given(&given, w, b, h)), [dq, dk, dv])
+            })?;
+        Ok([dq, dk, dv].map(|d| self.side_by_side(bench, d)))
+    }
+
+    /// `[batch, heads, tokens, head_dim]` to `[batch * tokens, heads * head_dim]`.
+    fn side_by_side(&self, bench: &Workbench, by_head: Vec<f32>) -> Vec<f32> {
+        let s = &self.sizes;
+        let width = by_head.len() / (s.batch * s.tokens);
+        let mut rows = bench.floats(by_head.len());
+        super::pass::by_rows(&mut rows, width, |row, to| {
+            let (b, t) = (row / s.tokens, row % s.tokens);
+            for (h, to) in to.chunks_mut(s.dim).enumerate() {
+                let first = ((b * (width / s.dim) + h) * s.tokens + t) * s.dim;
+                to.copy_from_slice(&by_head[first..first + s.dim]);
+            }
+        });
+        bench.done(by_head);
+        rows
     }
 }
 

@@ -86,9 +86,10 @@ pub struct Decoder {
     pub config: Config,
     /// Where the weights live.
     pub device: Device,
-    /// What the linear layers multiply in.
+    /// What the linear layers multiply in, on a GPU.
     pub compute: Compute,
-    pub(super) embedding: Tensor,
+    /// Where it is no copy of the head's weight; else the head's rows are it.
+    pub(super) embedding: Option<Tensor>,
     pub(super) blocks: Vec<Block>,
     pub(super) final_norm: Norm,
     pub(super) head: Frozen,
@@ -133,10 +134,12 @@ pub fn no_edit(_layer: usize, x: Tensor) -> Result<Tensor> {
 }
 
 /// What attention needs to know about one pass.
-struct Pass {
+pub(super) struct Pass {
     /// For each rotation of the configuration: that of the queries and that of the keys.
-    rotations: Vec<[Rotation; 2]>,
-    visible: Visibility,
+    pub rotations: Vec<[Rotation; 2]>,
+    pub visible: Visibility,
+    /// Columns of the batch.
+    pub tokens: usize,
 }
 
 impl Decoder {
@@ -195,7 +198,13 @@ impl Decoder {
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, tokens) = ids.dims2()?;
         let shape = (batch, tokens, self.config.hidden_size);
-        let x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape(shape)?;
+        let ids = ids.flatten_all()?;
+        let x = match &self.embedding {
+            Some(rows) => rows.index_select(&ids, 0)?,
+            // The head's weight is stored column by column.
+            None => self.head.weight()?.t()?.index_select(&ids, 1)?.t()?.contiguous()?,
+        };
+        let x = x.reshape(shape)?;
         if self.config.embedding_scale == 1.0 { Ok(x) } else { x * self.config.embedding_scale }
     }
 
@@ -208,7 +217,7 @@ impl Decoder {
         }
     }
 
-    fn pass(&self, visible: Visibility, tokens: usize) -> Result<Pass> {
+    pub(super) fn pass(&self, visible: Visibility, tokens: usize) -> Result<Pass> {
         let mut positions = Vec::with_capacity(visible.left_pad.len() * tokens);
         for &pad in visible.left_pad.iter() {
             for column in visible.offset..visible.offset + tokens {
@@ -239,7 +248,7 @@ impl Decoder {
             Ok([queries.unwrap_or_else(|| keys.clone()), keys])
         };
         let rotations = (0..self.frequencies.len()).map(pair).collect::<Result<_>>()?;
-        Ok(Pass { rotations, visible })
+        Ok(Pass { rotations, visible, tokens })
     }
 
     fn block(
@@ -327,6 +336,18 @@ impl Decoder {
     /// Bytes of the weights as they are held.
     pub fn bytes(&self) -> usize {
         let linears = self.blocks.iter().flat_map(|b| &b.linears);
-        linears.map(Frozen::bytes).sum::<usize>() + 4 * self.embedding.elem_count() + self.head.bytes()
+        linears.map(Frozen::bytes).sum::<usize>()
+            + 4 * self.embedding.as_ref().map_or(0, Tensor::elem_count)
+            + self.head.bytes()
+    }
+
+    /// Bytes of the f32 copies of quantised weights that the first products in f32 will make and keep.
+    pub fn bytes_to_decode(&self) -> usize {
+        self.blocks.iter().flat_map(|b| &b.linears).map(|l| 4 * l.to_decode().0).sum()
+    }
+
+    /// Values of the largest weight that is decoded for every product in f32.
+    pub fn largest_decoded_each_time(&self) -> usize {
+        self.blocks.iter().flat_map(|b| &b.linears).map(|l| l.to_decode().1).max().unwrap_or(0)
     }
 }

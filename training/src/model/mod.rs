@@ -4,11 +4,14 @@ mod attention;
 mod cache;
 mod config;
 mod decoder;
+mod kernels;
 pub mod ops;
+pub mod pass;
 mod prefix;
 pub mod product;
 pub mod rope;
 mod source;
+pub(crate) mod vector;
 mod weights;
 
 pub use cache::Cache;

@@ -6,13 +6,16 @@
 
 mod cross_entropy;
 
-pub use cross_entropy::{cross_entropy, log_sum_exp};
+pub use super::kernels::log_sum_exp;
+pub use cross_entropy::cross_entropy;
 
+use super::kernels;
 use crate::cuda::{self, launch};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, WithDType,
 };
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
 const GRAIN: usize = 16 * 1024;
@@ -61,14 +64,26 @@ struct RmsNormGrad {
 #[derive(Clone)]
 pub struct Norm {
     weight: Tensor,
+    /// The same, for passes without a graph.
+    values: Arc<[f32]>,
     eps: f32,
 }
 
 impl Norm {
     /// `weight`: f32 `[hidden]`.
     pub fn new(weight: Tensor, eps: f64) -> Result<Self> {
-        weight.dims1()?;
-        Ok(Norm { weight: weight.contiguous()?, eps: eps as f32 })
+        let values: Arc<[f32]> = weight.to_vec1::<f32>()?.into();
+        Ok(Norm { weight: weight.contiguous()?, values, eps: eps as f32 })
+    }
+
+    /// The weight.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Added to the mean square.
+    pub(crate) fn eps(&self) -> f32 {
+        self.eps
     }
 
     /// Normalises `x`: `[.., hidden]`.
@@ -78,11 +93,6 @@ impl Norm {
         }
         x.contiguous()?.apply_op2(&self.weight, RmsNorm { eps: self.eps })
     }
-}
-
-fn inverse_rms(row: &[f32], eps: f32) -> f32 {
-    let sum: f32 = row.iter().map(|v| v * v).sum();
-    1.0 / (sum / row.len() as f32 + eps).sqrt()
 }
 
 impl CustomOp2 for RmsNorm {
@@ -102,11 +112,7 @@ impl CustomOp2 for RmsNorm {
         let mut out = vec![0f32; x.len()];
         by_rows(&mut out, width, |first, block| {
             for (r, y) in block.chunks_mut(width).enumerate() {
-                let row = &x[(first + r) * width..][..width];
-                let scale = inverse_rms(row, self.eps);
-                for ((y, v), w) in y.iter_mut().zip(row).zip(weight) {
-                    *y = v * scale * w;
-                }
+                kernels::norm(&x[(first + r) * width..][..width], weight, self.eps, y);
             }
         });
         Ok((CpuStorage::F32(out), l.shape().clone()))
@@ -157,13 +163,8 @@ impl CustomOp3 for RmsNormGrad {
         by_rows(&mut out, width, |first, block| {
             for (r, dx) in block.chunks_mut(width).enumerate() {
                 let at = (first + r) * width;
-                let (x, dy) = (&x[at..][..width], &dy[at..][..width]);
-                let s = inverse_rms(x, self.eps);
-                let dot: f32 = x.iter().zip(dy).zip(weight).map(|((x, g), w)| x * g * w).sum();
-                let k = dot * s * s * s / width as f32;
-                for (((dx, x), g), w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-                    *dx = g * w * s - x * k;
-                }
+                dx.copy_from_slice(&dy[at..][..width]);
+                kernels::norm_gradient(&x[at..][..width], weight, self.eps, None, dx);
             }
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
@@ -194,6 +195,8 @@ pub struct Rotation {
     pub cos: Tensor,
     /// Sines.
     pub sin: Tensor,
+    /// The same on the CPU, for passes without a graph.
+    values: [Arc<[f32]>; 2],
 }
 
 impl Rotation {
@@ -202,7 +205,18 @@ impl Rotation {
         if cos.dims3()? != sin.dims3()? {
             candle_core::bail!("cosines {:?} and sines {:?}", cos.shape(), sin.shape());
         }
-        Ok(Rotation { cos: cos.contiguous()?, sin: sin.contiguous()? })
+        let on_cpu = |t: &Tensor| -> Result<Arc<[f32]>> {
+            let on_cpu = t.device().is_cpu();
+            Ok(if on_cpu { t.flatten_all()?.to_vec1::<f32>()?.into() } else { Arc::from([]) })
+        };
+        let values = [on_cpu(&cos)?, on_cpu(&sin)?];
+        Ok(Rotation { cos: cos.contiguous()?, sin: sin.contiguous()?, values })
+    }
+
+    /// Cosines and sines of one row of `[batch * tokens]`.
+    pub(crate) fn row(&self, row: usize) -> (&[f32], &[f32]) {
+        let half = self.cos.dims()[2];
+        (&self.values[0][row * half..][..half], &self.values[1][row * half..][..half])
     }
 
     /// Rotates `x`: `[batch, tokens, heads, head_dim]`.
@@ -242,14 +256,8 @@ impl CustomOp3 for Rope {
             for (r, y) in block.chunks_mut(width).enumerate() {
                 let token = first + r;
                 let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
-                for (y, x) in y.chunks_mut(dim).zip(x[token * width..][..width].chunks(dim)) {
-                    let (y0, y1) = y.split_at_mut(half);
-                    for i in 0..half {
-                        let (c, s) = (cos[i], sin[i] * self.sign);
-                        y0[i] = x[i] * c - x[half + i] * s;
-                        y1[i] = x[half + i] * c + x[i] * s;
-                    }
-                }
+                y.copy_from_slice(&x[token * width..][..width]);
+                kernels::rotate(y, cos, sin, self.sign);
             }
         });
         Ok((CpuStorage::F32(out), l.shape().clone()))
@@ -307,23 +315,6 @@ struct Gated(Activation);
 /// In (gate, up, dy): both gradients, side by side.
 struct GatedGrad(Activation);
 
-fn sigmoid(v: f32) -> f32 {
-    1.0 / (1.0 + (-v).exp())
-}
-
-const CUBIC: f32 = 0.044_715;
-/// sqrt(2 / pi)
-const INNER: f32 = std::f32::consts::FRAC_2_SQRT_PI * std::f32::consts::FRAC_1_SQRT_2;
-
-fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + (INNER * (x + CUBIC * x * x * x)).tanh())
-}
-
-fn gelu_slope(x: f32) -> f32 {
-    let t = (INNER * (x + CUBIC * x * x * x)).tanh();
-    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * INNER * (1.0 + 3.0 * CUBIC * x * x)
-}
-
 fn elementwise(out: &mut [f32], f: impl Fn(usize) -> f32 + Sync) {
     out.par_chunks_mut(GRAIN).enumerate().for_each(|(i, block)| {
         for (j, y) in block.iter_mut().enumerate() {
@@ -346,10 +337,10 @@ impl CustomOp2 for Gated {
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (elements(s1, l1)?, elements(s2, l2)?);
         let mut out = vec![0f32; gate.len()];
-        match self.0 {
-            Activation::Silu => elementwise(&mut out, |i| gate[i] * sigmoid(gate[i]) * up[i]),
-            Activation::GeluTanh => elementwise(&mut out, |i| gelu(gate[i]) * up[i]),
-        }
+        by_rows(&mut out, 1, |first, y| {
+            let here = first..first + y.len();
+            kernels::gated(self.0, &gate[here.clone()], &up[here], y);
+        });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -400,19 +391,12 @@ impl CustomOp3 for GatedGrad {
         let (gate, up, dy) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
         let mut out = vec![0f32; 2 * gate.len()];
         let (dgate, dup) = out.split_at_mut(gate.len());
-        match self.0 {
-            Activation::Silu => {
-                elementwise(dgate, |i| {
-                    let s = sigmoid(gate[i]);
-                    dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s))
-                });
-                elementwise(dup, |i| dy[i] * gate[i] * sigmoid(gate[i]));
-            }
-            Activation::GeluTanh => {
-                elementwise(dgate, |i| dy[i] * up[i] * gelu_slope(gate[i]));
-                elementwise(dup, |i| dy[i] * gelu(gate[i]));
-            }
-        }
+        let blocks = dgate.par_chunks_mut(GRAIN).zip(dup.par_chunks_mut(GRAIN));
+        blocks.enumerate().for_each(|(i, (dgate, dup))| {
+            let here = i * GRAIN..i * GRAIN + dup.len();
+            dup.copy_from_slice(&dy[here.clone()]);
+            kernels::gated_gradient(self.0, &gate[here.clone()], &up[here], dup, dgate);
+        });
         Ok((CpuStorage::F32(out), twice(l1.shape())))
     }
 

@@ -8,21 +8,21 @@ use std::ops::Deref;
 
 /// A borrowed matrix of any strides.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    data: &'a [f32],
+pub struct Matrix<'a, T = f32> {
+    data: &'a [T],
     rows: usize,
     cols: usize,
     row_stride: usize,
     col_stride: usize,
 }
 
-impl<'a> Matrix<'a> {
+impl<'a, T: Copy> Matrix<'a, T> {
     /// The matrix whose element (i, j) is `data[i * row_stride + j * col_stride]`.
     ///
     /// # Panics
     /// If an element lies outside `data`.
     pub fn new(
-        data: &'a [f32],
+        data: &'a [T],
         (rows, cols): (usize, usize),
         (row_stride, col_stride): (usize, usize),
     ) -> Self {
@@ -32,17 +32,6 @@ impl<'a> Matrix<'a> {
             assert!(last.is_some_and(|last| last < data.len()), "the matrix does not lie inside its data");
         }
         Matrix { data, rows, cols, row_stride, col_stride }
-    }
-
-    /// The last two dimensions of a tensor's storage, at the given indices of those before.
-    pub fn of(storage: &'a CpuStorage, layout: &Layout, at: &[usize]) -> Result<Self> {
-        let (dims, strides) = (layout.dims(), layout.stride());
-        let Some(rank) = dims.len().checked_sub(2).filter(|&r| r == at.len()) else {
-            candle_core::bail!("a matrix at {at:?} of a tensor of shape {dims:?}")
-        };
-        let skip: usize = at.iter().zip(strides).map(|(i, s)| i * s).sum();
-        let data = &storage.as_slice::<f32>()?[layout.start_offset() + skip..];
-        Ok(Self::new(data, (dims[rank], dims[rank + 1]), (strides[rank], strides[rank + 1])))
     }
 
     /// The transposed matrix, without a copy.
@@ -56,6 +45,52 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Rows and columns.
+    pub fn dims(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// `count` rows from `first` on.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn rows(self, first: usize, count: usize) -> Self {
+        assert!(first + count <= self.rows, "rows {first} to {} of {}", first + count, self.rows);
+        Matrix { data: &self.data[first * self.row_stride..], rows: count, ..self }
+    }
+
+    /// The values of one row.
+    ///
+    /// # Panics
+    /// If they do not lie side by side.
+    pub fn line(&self, row: usize) -> &'a [T] {
+        assert!(row < self.rows && self.col_stride == 1, "row {row} of {} is no slice", self.rows);
+        &self.data[row * self.row_stride..][..self.cols]
+    }
+
+    /// Distances of rows and of columns.
+    pub fn strides(&self) -> (usize, usize) {
+        (self.row_stride, self.col_stride)
+    }
+
+    /// Its first element.
+    pub fn as_ptr(&self) -> *const T {
+        self.data.as_ptr()
+    }
+}
+
+impl<'a> Matrix<'a> {
+    /// The last two dimensions of a tensor's storage, at the given indices of those before.
+    pub fn of(storage: &'a CpuStorage, layout: &Layout, at: &[usize]) -> Result<Self> {
+        let (dims, strides) = (layout.dims(), layout.stride());
+        let Some(rank) = dims.len().checked_sub(2).filter(|&r| r == at.len()) else {
+            candle_core::bail!("a matrix at {at:?} of a tensor of shape {dims:?}")
+        };
+        let skip: usize = at.iter().zip(strides).map(|(i, s)| i * s).sum();
+        let data = &storage.as_slice::<f32>()?[layout.start_offset() + skip..];
+        Ok(Self::new(data, (dims[rank], dims[rank + 1]), (strides[rank], strides[rank + 1])))
+    }
+
     /// Multiplies the row-major `factors` of the same shape by the elements.
     pub fn scale_into(&self, factors: &mut [f32]) {
         for (i, row) in factors.chunks_mut(self.cols.max(1)).enumerate() {
@@ -63,11 +98,6 @@ impl<'a> Matrix<'a> {
                 *factor *= self.data[i * self.row_stride + j * self.col_stride];
             }
         }
-    }
-
-    /// Rows and columns.
-    pub fn dims(&self) -> (usize, usize) {
-        (self.rows, self.cols)
     }
 }
 

@@ -20,13 +20,13 @@ pub struct LoadOptions {
     pub storage: Storage,
     /// Where they live.
     pub device: Device,
-    /// What the linear layers multiply in.
+    /// What the linear layers multiply in, on a GPU; on the CPU it is f32, except while finetuning.
     pub compute: Compute,
 }
 
 /// Loads the decoder at `path`: a `.gguf` file or a folder with `config.json` and safetensors.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<Decoder> {
-    if options.compute == Compute::Bf16 {
+    if options.compute == Compute::Bf16 && !options.device.is_cpu() {
         if !cuda::supports_bf16(&options.device) {
             bail!("bf16 needs a GPU of compute capability 8.0 or more: set finetune.compute = \"f32\"");
         }
@@ -54,16 +54,18 @@ fn assemble(source: &mut Source, options: &LoadOptions) -> Result<Decoder> {
     }
     let shape = [c.vocab_size, c.hidden_size];
     let embedding = source.tensor("model.embed_tokens.weight", &shape, &Device::Cpu)?;
-    let head = match c.tied_head {
-        true => embedding.clone(),
-        false => source.tensor("lm_head.weight", &shape, &Device::Cpu)?,
+    // On a GPU the head may be bf16, which the embedding is not.
+    let (embedding, head) = match (c.tied_head, options.device.is_cpu()) {
+        (true, true) => (None, embedding),
+        (true, false) => (Some(embedding.clone()), embedding),
+        (false, _) => (Some(embedding), source.tensor("lm_head.weight", &shape, &Device::Cpu)?),
     };
     Ok(Decoder {
         final_norm: source.norm("model.norm.weight", c.hidden_size, &options.device)?,
         head: frozen(head, None, Storage::None, true, options)?,
         device: options.device.clone(),
         compute: options.compute,
-        embedding: embedding.to_device(&options.device)?,
+        embedding: embedding.map(|e| e.to_device(&options.device)).transpose()?,
         blocks,
         frequencies: c.ropes.iter().map(|r| r.frequencies(c.head_dim)).collect(),
         config: c,

@@ -7,7 +7,7 @@ use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products}
 use crate::recipe::Compute;
 use anyhow::Result;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Device, Layout, Shape, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -28,12 +28,12 @@ pub struct Frozen {
 
 /// Full and decoded weights are views of `[in, out]` storage: forward, which also runs one token at a time, then
 /// reads them in the order they lie in; backward has many rows to spread the reordering over.
-enum Weight {
+pub(super) enum Weight {
     Full(Tensor),
-    /// `decoded` is kept where memory allows: small models decode once instead of for every use.
+    /// `decoded` is kept from its first use where memory allows: small models decode once instead of for every use.
     Quantized {
         nf4: Nf4,
-        decoded: Option<Tensor>,
+        decoded: Option<OnceLock<Tensor>>,
     },
     /// NF4 on a GPU, decoded for every use.
     Placed(Placed),
@@ -51,8 +51,7 @@ impl Frozen {
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
-                let decoded = keep_decoded.then(|| turned(&decode(&nf4)?)).transpose()?;
-                Weight::Quantized { nf4, decoded }
+                Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new) }
             }
         };
         Ok(Frozen { weight: Arc::new(weight), bias })
@@ -91,20 +90,46 @@ impl Frozen {
     pub fn weight(&self) -> candle_core::Result<Tensor> {
         match &*self.weight {
             Weight::Full(w) => Ok(w.clone()),
-            Weight::Quantized { decoded: Some(w), .. } => Ok(w.clone()),
-            Weight::Quantized { nf4, .. } => decode(nf4),
+            Weight::Quantized { nf4, decoded: Some(kept) } => {
+                if let Some(w) = kept.get() {
+                    return Ok(w.clone());
+                }
+                let w = turned(&decode(nf4)?)?;
+                // Another thread may have been first; its values are the same.
+                Ok(kept.get_or_init(|| w).clone())
+            }
+            Weight::Quantized { nf4, decoded: None } => decode(nf4),
             Weight::Placed(nf4) => nf4.weight(),
         }
     }
 
-    /// Bytes of the weight as it is held, a kept decoded copy included.
+    /// The weight as it is stored.
+    pub(super) fn stored(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// The bias.
+    pub(crate) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// Bytes of the weight as it is held, a decoded copy included once there is one.
     pub fn bytes(&self) -> usize {
         match &*self.weight {
             Weight::Full(w) => w.dtype().size_in_bytes() * w.elem_count(),
-            Weight::Quantized { nf4, decoded } => {
-                nf4.bytes() + decoded.as_ref().map_or(0, |w| 4 * w.elem_count())
-            }
+            Weight::Quantized { nf4, decoded } => {}
             Weight::Placed(nf4) => nf4.bytes(),
+        }
+    }
+
+    /// Values that are decoded to f32 once, at the first use yet to come, and those that are for every use.
+    pub fn to_decode(&self) -> (usize, usize) {
+        match &*self.weight {
+            Weight::Quantized { nf4, decoded: Some(kept), .. } if kept.get().is_none() => {
+                (nf4.rows * nf4.cols, 0)
+            }
+            Weight::Quantized { nf4, decoded: None, .. } => (0, nf4.rows * nf4.cols),
+            _ => (0, 0),
         }
     }
 

@@ -135,18 +135,8 @@ impl Nf4 {
 
     /// Decodes the whole matrix, row-major.
     pub fn dequantize(&self) -> Vec<f32> {
-        let scales = self.scales();
-        let pairs: Vec<[f32; 2]> = (0..=255usize).map(|b| [CODEBOOK[b >> 4], CODEBOOK[b & 15]]).collect();
         let mut out = vec![0f32; self.rows * self.cols];
-        out.par_chunks_mut(BLOCK).zip(self.packed.par_chunks(BLOCK / 2)).zip(scales.par_iter()).for_each(
-            |((out, packed), &scale)| {
-                for (o, &b) in out.chunks_exact_mut(2).zip(packed) {
-                    let [first, second] = pairs[b as usize];
-                    o[0] = first * scale;
-                    o[1] = second * scale;
-                }
-            },
-        );
+        self.decode(&mut out);
         out
     }
 

@@ -30,7 +30,7 @@ pub const FAMILIES: [(&str, &str); 7] = [
     ("ministral3", "mistral3"),
 ];
 
-fn each(device: &Device, mut body: impl FnMut(&str, Decoder, Golden)) {
+pub fn each(device: &Device, mut body: impl FnMut(&str, Decoder, Golden)) {
     let mut ran = 0;
     for (name, architecture) in FAMILIES {
         let decoder =
@@ -43,7 +43,7 @@ fn each(device: &Device, mut body: impl FnMut(&str, Decoder, Golden)) {
 }
 
 /// The LoRA of `make_fixtures.py`, as variables, and their names.
-fn adapter(decoder: &Decoder) -> (Adapter, Vec<(String, Var)>) {
+pub fn adapter(decoder: &Decoder) -> (Adapter, Vec<(String, Var)>) {
     let config = LoraConfig { r: 2, lora_alpha: 5.0, use_rslora: false };
     let (adapter, vars) = Adapter::trainable(decoder, &config, || 0.5).unwrap();
     let (mut drawn, mut named) = (0, Vec::new());

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod decoder;
+mod direct;
 mod families;
 mod finetuning;
 mod fixture;

@@ -1,7 +1,7 @@
 //! Attention as matrix products with a softmax between them: the form in which a GPU runs it. Backward forms the
 //! weights again.
 
-use super::{Scores, Sizes, Visibility, softmax};
+use super::{Scores, Sizes, Visibility, kernels};
 use crate::cuda::{self, launch};
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -114,7 +114,7 @@ impl CustomOp2 for Weights {
             for hidden in self.visible.hidden(b, i) {
                 past[hidden].fill(f32::NEG_INFINITY);
             }
-            softmax(past, 1.0);
+            kernels::softmax(past, 1.0);
             future.fill(0.0);
         });
         Ok((CpuStorage::F32(weights), lp.shape().clone()))

@@ -1,6 +1,6 @@
 //! Cross-entropy of rows of logits, without their probabilities.
 
-use super::{contiguous, elements};
+use super::{contiguous, elements, kernels, log_sum_exp};
 use crate::cuda::{self, launch};
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -22,13 +22,6 @@ struct CrossEntropy;
 
 /// In (logits, targets, dy).
 struct CrossEntropyGrad;
-
-/// log(sum(exp(row))), stable, summed in f64.
-pub fn log_sum_exp(row: &[f32]) -> f64 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.chunks(1024).map(|c| c.iter().map(|v| (v - max).exp()).sum::<f32>() as f64).sum();
-    max as f64 + sum.ln()
-}
 
 impl CustomOp2 for CrossEntropy {
     fn name(&self) -> &'static str {
@@ -102,11 +95,8 @@ impl CustomOp3 for CrossEntropyGrad {
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(vocab).zip(x.par_chunks(vocab)).zip(targets.par_iter()).for_each(
             |((dx, row), &target)| {
-                let log_sum = log_sum_exp(row) as f32;
-                for (d, v) in dx.iter_mut().zip(row) {
-                    *d = scale * (v - log_sum).exp();
-                }
-                dx[target as usize] -= scale;
+                dx.copy_from_slice(row);
+                kernels::cross_entropy_gradient(dx, log_sum_exp(row) as f32, target as usize, scale);
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))

@@ -1,0 +1,75 @@
+//! The final norm, the output head and the cross-entropy at once: logits of a few rows at a time, never of all.
+
+use super::bench::{Workbench, by_rows};
+use crate::model::{Decoder, kernels};
+use anyhow::{Result, ensure};
+use rayon::prelude::*;
+
+/// Rows whose logits are held at once: 256 x 49,152 of them are 50 MB.
+pub const HEAD_ROWS: usize = 256;
+
+/// Mean cross-entropy (nats) of `targets` under the logits of the residual rows `x`: `[targets, hidden]`. Where
+/// `share` is given, `x` becomes the gradient of `share` times it.
+pub fn loss(
+    bench: &Workbench,
+    decoder: &Decoder,
+    x: &mut [f32],
+    targets: &[u32],
+    share: Option<f64>,
+) -> Result<f64> {
+    let (hidden, vocab) = (decoder.config.hidden_size, decoder.config.vocab_size);
+    ensure!(
+        x.len() == targets.len() * hidden && targets.iter().all(|&t| (t as usize) < vocab),
+        "{} values of the residual stream for {} targets",
+        x.len(),
+        targets.len()
+    );
+    let scale = share.map(|share| (share / targets.len() as f64) as f32);
+    let norm = &decoder.final_norm;
+    let mut sum = 0f64;
+    for (x, targets) in x.chunks_mut(HEAD_ROWS * hidden).zip(targets.chunks(HEAD_ROWS)) {
+        let h = bench.fill(targets.len(), hidden, |row, y| {
+            kernels::norm(&x[row * hidden..][..hidden], norm.values(), norm.eps(), y);
+        });
+        let mut logits = bench.floats(targets.len() * vocab);
+        decoder.head.multiply(bench, &h, &mut logits)?;
+        bench.release(h);
+        let rows = logits.par_chunks_mut(vocab).zip(targets);
+        let losses: Vec<f64> =
+            rows.map(|(row, &t)| cross_entropy(row, t as usize, decoder.config.logit_cap, scale)).collect();
+        sum += losses.iter().sum::<f64>();
+        if scale.is_none() {
+            bench.done(logits);
+            continue;
+        }
+        let dlogits = bench.rows(logits, vocab);
+        let mut dh = bench.floats(x.len());
+        decoder.head.multiply_back(bench, &dlogits, &mut dh, false)?;
+        bench.release(dlogits);
+        by_rows(&mut dh, hidden, |row, dx| {
+            kernels::norm_gradient(&x[row * hidden..][..hidden], norm.values(), norm.eps(), None, dx);
+        });
+        x.copy_from_slice(&dh);
+        bench.done(dh);
+    }
+    Ok(sum / targets.len() as f64)
+}
+
+/// The loss of one row of logits, which become `scale` times its gradient where that is asked for.
+fn cross_entropy(row: &mut [f32], target: usize, cap: Option<f32>, scale: Option<f32>) -> f64 {
+    // The slope of the cap needs the capped logits, which the gradient overwrites.
+    let mut capped = Vec::new();
+    if let Some(cap) = cap {
+        row.iter_mut().for_each(|v| *v = cap * (*v / cap).tanh());
+        capped.extend_from_slice(if scale.is_some() { row } else { &[] });
+    }
+    let log_sum = kernels::log_sum_exp(row);
+    let loss = log_sum - f64::from(row[target]);
+    if let Some(scale) = scale {
+        kernels::cross_entropy_gradient(row, log_sum as f32, target, scale);
+        if let Some(cap) = cap {
+            row.iter_mut().zip(&capped).for_each(|(d, v)| *d *= 1.0 - (v / cap) * (v / cap));
+        }
+    }
+    loss
+}
