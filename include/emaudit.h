@@ -14,8 +14,8 @@
  *  - The last parameter `error` may be NULL; see emaudit_error.
  *  - `emaudit_*_free(NULL)` does nothing. What was made from a handle keeps what it needs: the order of
  *    freeing is free.
- *  - Const handles are shared between threads freely; a monitor and a drift belong to one thread at a time. To
- *    replace what threads are using, put it into a slot.
+ *  - Const handles are shared between threads freely; a monitor, a drift and an audit belong to one thread at a
+ *    time. To replace what threads are using, put it into a slot.
  *  - Structs begin with struct_size and are initialised with their _INIT macro. An older, smaller struct is
  *    accepted; a newer, larger one only while the bytes this library does not know are zero.
  *  - A pointer whose length is 0 is ignored.
@@ -415,6 +415,62 @@
  * does not keep its rate. Neither clean nor flagged, whatever the score; never treat it as clean.
  */
 #define EMAUDIT_STATE_STALE 4
+
+/**
+ * No sequence was seen: invalid.
+ */
+#define EMAUDIT_AUDIT_UNSEEN 0
+
+/**
+ * More sequences are flagged than the stated rate explains: flagged.
+ */
+#define EMAUDIT_AUDIT_MORE_THAN_RATE 1
+
+/**
+ * The interval of the share of flagged sequences lies below the share of concern: clean.
+ */
+#define EMAUDIT_AUDIT_BELOW_CONCERN 2
+
+/**
+ * The reference sequences no longer score as in calibration: stale.
+ */
+#define EMAUDIT_AUDIT_REFERENCE_DRIFTED 3
+
+/**
+ * A score of the reference was not finite: invalid.
+ */
+#define EMAUDIT_AUDIT_REFERENCE_INVALID 4
+
+/**
+ * The reference has not filled a window: invalid.
+ */
+#define EMAUDIT_AUDIT_REFERENCE_PENDING 5
+
+/**
+ * A sequence could not be scored, so nothing is called clean: invalid.
+ */
+#define EMAUDIT_AUDIT_NON_FINITE 6
+
+/**
+ * Most sequences ended before the horizon: invalid.
+ */
+#define EMAUDIT_AUDIT_MOST_PENDING 7
+
+/**
+ * So few sequences that not even none flagged would exclude the share of concern: invalid.
+ */
+#define EMAUDIT_AUDIT_TOO_FEW 8
+
+/**
+ * Not more flagged than the rate explains, and the interval still reaches the share of concern: invalid.
+ */
+#define EMAUDIT_AUDIT_UNDECIDED 9
+
+/**
+ * Judges a model by many sequences of its own. It belongs to one thread at a time. It keeps what it needs of
+ * its probe.
+ */
+typedef struct emaudit_audit emaudit_audit;
 
 /**
  * An opened, checked direction file. It never changes; share it between threads freely.
@@ -1053,6 +1109,171 @@ typedef struct emaudit_verdict {
   uint8_t digest[EMAUDIT_DIGEST_SIZE];
 } emaudit_verdict;
 
+/**
+ * What an audit decides by. Begin with `EMAUDIT_AUDIT_OPTIONS_INIT` and set `aggregation` and `horizon`.
+ */
+typedef struct emaudit_audit_options {
+  /**
+   * `sizeof(emaudit_audit_options)`.
+   */
+  uint32_t struct_size;
+  /**
+   * One of `EMAUDIT_AGGREGATION_*`, over the first tokens of a sequence; 0 is refused.
+   */
+  uint32_t aggregation;
+  /**
+   * How many tokens; token 1 is the last token of the prompt. The file must have a threshold there.
+   */
+  uint32_t horizon;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * False-positive rate per sequence of the threshold; 0 takes the smallest that the file has there.
+   */
+  double rate;
+  /**
+   * The chance, at most, that a model that keeps the file's rate is called flagged; above 0, at most 0.5.
+   */
+  double level;
+  /**
+   * Clean only where the share of flagged sequences lies below this; above the file's rate, below 1.
+   */
+  double concern;
+} emaudit_audit_options;
+
+/**
+ * What an audit says of a model. Begin with `EMAUDIT_AUDIT_VERDICT_INIT`, which reads as invalid.
+ *
+ * FLAGGED: more sequences lie above the threshold than the stated rate explains; it speaks of misalignment
+ * only where `misalignment` is 1. CLEAN: not flagged, and the 95 % interval of their share lies below
+ * `concern`; it is no proof of alignment. STALE and INVALID say nothing about the model, and `reason` why; let
+ * neither pass as clean. Numbers that sequences are needed for are NaN without any.
+ */
+typedef struct emaudit_audit_verdict {
+  /**
+   * `sizeof(emaudit_audit_verdict)`.
+   */
+  uint32_t struct_size;
+  /**
+   * One of `EMAUDIT_STATE_*`, never PENDING. Only `EMAUDIT_STATE_CLEAN` is clean.
+   */
+  uint32_t state;
+  /**
+   * 1 only when flagged by a direction whose content evidence is specific.
+   */
+  uint32_t misalignment;
+  /**
+   * One of `EMAUDIT_AUDIT_*`.
+   */
+  uint32_t reason;
+  /**
+   * Aggregation over the tokens, one of `EMAUDIT_AGGREGATION_*`.
+   */
+  uint32_t aggregation;
+  /**
+   * Tokens the threshold is for.
+   */
+  uint32_t horizon;
+  /**
+   * 0-based block index.
+   */
+  uint32_t layer;
+  /**
+   * The kernel of the probe, one of `EMAUDIT_KERNEL_*`.
+   */
+  uint32_t kernel;
+  /**
+   * 1 when the digest of the direction file was checked.
+   */
+  uint32_t verified;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * Sequences seen.
+   */
+  uint64_t sequences;
+  /**
+   * Those that reached the horizon with finite scores.
+   */
+  uint64_t judged;
+  /**
+   * Judged ones above the threshold.
+   */
+  uint64_t flagged;
+  /**
+   * Sequences that ended before the horizon.
+   */
+  uint64_t pending;
+  /**
+   * Sequences without a token, or with a score within the horizon that is not finite.
+   */
+  uint64_t invalid;
+  /**
+   * The fewest flagged ones that make the model flagged.
+   */
+  uint64_t critical;
+  /**
+   * The fewest judged ones with which a model can be clean.
+   */
+  uint64_t needed;
+  /**
+   * Flagged above this, in aligned standard deviations.
+   */
+  double threshold;
+  /**
+   * Stated false-positive rate per sequence.
+   */
+  double rate;
+  /**
+   * Upper 95 % Clopper-Pearson bound on that rate in the calibration sample: what the test is against.
+   */
+  double rate_upper;
+  /**
+   * Share of the judged sequences that is flagged.
+   */
+  double share;
+  /**
+   * Lower limit of its exact interval, every invalid sequence taken for calm.
+   */
+  double low;
+  /**
+   * Upper limit, every invalid sequence taken for flagged.
+   */
+  double high;
+  /**
+   * Confidence of the interval.
+   */
+  double confidence;
+  /**
+   * Exact one-sided binomial p-value, every invalid sequence taken for calm.
+   */
+  double p_value;
+  /**
+   * Flagged where `p_value` is at most this.
+   */
+  double level;
+  /**
+   * Clean only where `high` is below this.
+   */
+  double concern;
+  /**
+   * The smallest true share that so many sequences would show with a chance of `power`; NaN where none.
+   */
+  double detectable;
+  /**
+   * The chance meant by `detectable`.
+   */
+  double power;
+  /**
+   * SHA-256 of the direction file; all zero when it was neither checked nor expected.
+   */
+  uint8_t digest[EMAUDIT_DIGEST_SIZE];
+} emaudit_audit_verdict;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1676,6 +1897,80 @@ emaudit_status emaudit_monitor_reset(struct emaudit_monitor *monitor,
                                      struct emaudit_error **error);
 
 /**
+ * Makes an audit along the direction of a probe.
+ *
+ * `*audit` receives a handle that the caller frees with `emaudit_audit_free`; `probe` may be freed before it.
+ *
+ * Errors: INVALID_ARGUMENT, RATE_UNSUPPORTED (the error says which thresholds there are). Threads: any.
+ * Allocates.
+ *
+ * # Safety
+ * `probe` is a live handle; `options` is valid for the bytes its `struct_size` states; `audit` is valid for
+ * writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_audit_new(const struct emaudit_probe *probe,
+                                 const struct emaudit_audit_options *options,
+                                 struct emaudit_audit **audit,
+                                 struct emaudit_error **error);
+
+/**
+ * Frees an audit. NULL is fine.
+ *
+ * # Safety
+ * `audit` is NULL or a handle that was not freed; it is not used again.
+ */
+void emaudit_audit_free(struct emaudit_audit *audit);
+
+/**
+ * Lets the verdict follow a drift of calm reference sequences, of the same layer of the same direction file:
+ * STALE while it stands, INVALID while it is invalid or has not filled a window. A second call replaces the
+ * drift, which may be freed before the audit.
+ *
+ * Errors: INVALID_ARGUMENT, also for a drift of another layer or file. Threads: one at a time per audit.
+ *
+ * # Safety
+ * `audit` is a live handle that no other thread uses; `drift` is a live handle that no other thread uses
+ * during the call; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_audit_watch(struct emaudit_audit *audit,
+                                   const struct emaudit_drift *drift,
+                                   struct emaudit_error **error);
+
+/**
+ * Adds one whole sequence: the scores of its tokens in `EMAUDIT_UNIT_ALIGNED_SD`, the last token of the prompt
+ * first. Those beyond the horizon are not looked at. With `count` 0 the pointer is ignored, and the sequence
+ * counts as invalid.
+ *
+ * A score within the horizon that is not finite makes the sequence invalid and the call returns NON_FINITE;
+ * it is counted nevertheless.
+ *
+ * Errors: INVALID_ARGUMENT, NON_FINITE. Threads: one at a time per audit. On success it neither allocates nor
+ * locks nor blocks.
+ *
+ * # Safety
+ * `audit` is a live handle that no other thread uses; `scores` is valid for reading `count` floats; `error`
+ * is NULL or valid for writing.
+ */
+emaudit_status emaudit_audit_push(struct emaudit_audit *audit,
+                                  const float *scores,
+                                  size_t count,
+                                  struct emaudit_error **error);
+
+/**
+ * Reads the verdict on the sequences so far.
+ *
+ * Errors: INVALID_ARGUMENT; then `*verdict` still holds what it held before. Threads: one at a time per audit.
+ * On success it neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `audit` is a live handle that no other thread changes; `verdict` is valid for the bytes its `struct_size`
+ * states; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_audit_get_verdict(const struct emaudit_audit *audit,
+                                         struct emaudit_audit_verdict *verdict,
+                                         struct emaudit_error **error);
+
+/**
  * Makes a slot that holds `probe`.
  *
  * `*slot` receives a handle that the caller frees with `emaudit_probe_slot_free`; `probe` remains the caller's
@@ -1803,5 +2098,10 @@ void emaudit_steering_slot_free(struct emaudit_steering_slot *slot);
 #define EMAUDIT_MONITOR_OPTIONS_INIT { sizeof(emaudit_monitor_options), 0, 0.0 }
 #define EMAUDIT_VERDICT_INIT \
   { sizeof(emaudit_verdict), EMAUDIT_STATE_INVALID, 0, 0, 0.0f, 0.0f, 0.0, 0.0, 0, 0, 0, 0, 0, 0, { 0 } }
+
+#define EMAUDIT_AUDIT_OPTIONS_INIT { sizeof(emaudit_audit_options), 0, 0, 0, 0.0, 0.01, 0.1 }
+#define EMAUDIT_AUDIT_VERDICT_INIT \
+  { sizeof(emaudit_audit_verdict), EMAUDIT_STATE_INVALID, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, \
+    0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, { 0 } }
 
 #endif  /* EMAUDIT_H */

@@ -125,6 +125,7 @@ struct Layout {
 
 impl Layout {
     /// Elements from the first of the first row to the last of the last row.
+    #[inline]
     fn extent(&self) -> Result<usize> {
         if self.rows == 0 || self.cols == 0 {
             return Ok(0);
@@ -136,6 +137,7 @@ impl Layout {
             .ok_or_else(|| Error::InvalidArgument("the rows exceed the address space".into()))
     }
 
+    #[inline]
     fn check_disjoint(&self) -> Result<()> {
         if self.rows > 1 && self.stride < self.cols {
             let Layout { stride, cols, .. } = self;
@@ -145,15 +147,13 @@ impl Layout {
         Ok(())
     }
 
+    #[inline]
     fn check_length(&self, length: usize) -> Result<()> {
         let needed = self.extent()?;
-        if length < needed {
-            let reason = format!("the view needs {needed} elements, the slice has {length}");
-            return Err(Error::InvalidArgument(reason));
-        }
-        Ok(())
+        if length < needed { Err(too_short(needed, length)) } else { Ok(()) }
     }
 
+    #[inline]
     fn check_pointer(&self, address: usize) -> Result<()> {
         if self.extent()? == 0 {
             return Ok(());
@@ -169,10 +169,18 @@ impl Layout {
     }
 
     /// Element offset of a row.
+    #[inline]
     fn offset<T: Element>(&self, row: usize) -> usize {
         assert!(row < self.rows && T::DTYPE == self.dtype, "row or dtype outside the view");
         row * self.stride
     }
+}
+
+// Apart, so that a view of one row is made in registers.
+#[cold]
+#[inline(never)]
+fn too_short(needed: usize, length: usize) -> Error {
+    Error::InvalidArgument(format!("the view needs {needed} elements, the slice has {length}"))
 }
 
 /// Rows to read. Shape `rows x cols`, any row stride (rows may overlap or repeat).
@@ -206,6 +214,7 @@ impl<'a> Rows<'a> {
     /// Views `data` as `rows` rows of `cols` elements, `row_stride` elements apart.
     ///
     /// Errors: [`Error::InvalidArgument`] when the slice is too short for that.
+    #[inline]
     pub fn new<T: Element>(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Result<Self> {
         let layout = Layout { dtype: T::DTYPE, rows, cols, stride: row_stride };
         layout.check_length(data.len())?;
@@ -232,26 +241,39 @@ impl<'a> Rows<'a> {
     }
 
     /// Storage type of the elements.
+    #[inline]
     pub fn dtype(&self) -> Dtype {
         self.layout.dtype
     }
 
     /// Number of rows.
+    #[inline]
     pub fn rows(&self) -> usize {
         self.layout.rows
     }
 
     /// Elements of a row.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.layout.cols
     }
 
     /// Elements between the starts of two rows.
+    #[inline]
     pub fn row_stride(&self) -> usize {
         self.layout.stride
     }
 
+    /// `count` rows from `first` on. Panics outside the view.
+    pub(crate) fn part(&self, first: usize, count: usize) -> Rows<'a> {
+        assert!(first + count <= self.layout.rows, "rows outside the view");
+        let offset = first * self.layout.stride * self.layout.dtype.size();
+        // Never beyond the last row's end; where nothing is read the address does not matter.
+        Rows { data: self.data.wrapping_add(offset), layout: Layout { rows: count, ..self.layout }, ..*self }
+    }
+
     /// One row. Panics outside the view or for another dtype.
+    #[inline]
     pub fn row<T: Element>(&self, row: usize) -> &'a [T] {
         let offset = self.layout.offset::<T>(row);
         if self.layout.cols == 0 {
@@ -291,6 +313,7 @@ impl<'a> RowsMut<'a> {
     /// Views `data` as `rows` rows of `cols` elements, `row_stride` elements apart.
     ///
     /// Errors: [`Error::InvalidArgument`] when the slice is too short or rows would overlap.
+    #[inline]
     pub fn new<T: Element>(data: &'a mut [T], rows: usize, cols: usize, row_stride: usize) -> Result<Self> {
         let layout = Layout { dtype: T::DTYPE, rows, cols, stride: row_stride };
         layout.check_length(data.len())?;
@@ -319,31 +342,37 @@ impl<'a> RowsMut<'a> {
     }
 
     /// The same rows, to read.
+    #[inline]
     pub fn as_rows(&self) -> Rows<'_> {
         Rows { data: self.data, layout: self.layout, borrow: PhantomData }
     }
 
     /// Storage type of the elements.
+    #[inline]
     pub fn dtype(&self) -> Dtype {
         self.layout.dtype
     }
 
     /// Number of rows.
+    #[inline]
     pub fn rows(&self) -> usize {
         self.layout.rows
     }
 
     /// Elements of a row.
+    #[inline]
     pub fn cols(&self) -> usize {
         self.layout.cols
     }
 
     /// Elements between the starts of two rows.
+    #[inline]
     pub fn row_stride(&self) -> usize {
         self.layout.stride
     }
 
     /// One row, to edit. Panics outside the view or for another dtype.
+    #[inline]
     pub fn row_mut<T: Element>(&mut self, row: usize) -> &mut [T] {
         let offset = self.layout.offset::<T>(row);
         if self.layout.cols == 0 {

@@ -3,8 +3,8 @@
 //! The way data takes, one module per step: [`directions`] (file, mapped or copied, checked whole) ->
 //! [`probe`] (one layer bound to one kernel) -> scores -> [`monitor`] (one sequence) -> [`verdict`].
 //! [`drift`] watches whether calm sequences still score as they did in calibration; while they do not, verdicts are
-//! stale. [`steering`] edits rows in place; [`reload`] replaces what is being served; [`controls`] makes the seeded
-//! directions that a claim must beat;
+//! stale. [`audit`] judges a model by many sequences, against the stated rate. [`steering`] edits rows in place; [`reload`]
+//! replaces what is being served; [`controls`] makes the seeded directions that a claim must beat;
 //! [`kernel`] is arithmetic only; [`ffi`] is the C ABI over all of it.
 //!
 //! ```
@@ -28,6 +28,7 @@
 #![deny(missing_docs)]
 
 pub mod activations;
+pub mod audit;
 pub mod controls;
 pub mod directions;
 pub mod drift;
@@ -41,6 +42,7 @@ pub mod steering;
 pub mod verdict;
 
 pub use activations::{Dtype, Rows, RowsMut};
+pub use audit::{Audit, AuditOptions, AuditReason, AuditVerdict};
 pub use directions::Directions;
 pub use drift::{Drift, DriftReport, DriftState};
 pub use error::{Error, Result, Status};

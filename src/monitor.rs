@@ -57,7 +57,7 @@ pub struct Monitor {
 
 /// The statistic over the tokens so far.
 #[derive(Clone, Copy, Debug, Default)]
-struct Running {
+pub(crate) struct Running {
     tokens: u32,
     sum: f64,
     largest: f64,
@@ -65,14 +65,14 @@ struct Running {
 }
 
 impl Running {
-    fn push(&mut self, z: f64) {
+    pub(crate) fn push(&mut self, z: f64) {
         self.largest = if self.tokens == 0 { z } else { self.largest.max(z) };
         self.tokens = self.tokens.saturating_add(1);
         self.sum += z;
         self.last = z;
     }
 
-    fn statistic(&self, aggregation: Aggregation) -> f64 {
+    pub(crate) fn statistic(&self, aggregation: Aggregation) -> f64 {
         match aggregation {
             Aggregation::Mean => self.sum / f64::from(self.tokens),
             Aggregation::Max => self.largest,
@@ -186,7 +186,7 @@ pub(crate) fn calibrated(probe: &Probe, rate: f64) -> Result<(&Arc<Directions>, 
 
 /// The thresholds of one aggregation and rate, by horizon; never empty.
 fn select(calibration: &Calibration, aggregation: Aggregation, rate: f64) -> Result<Vec<Threshold>> {
-    let same = |t: &&Threshold| t.statistic == aggregation && (t.rate - rate).abs() <= SAME_RATE * rate.abs();
+    let same = |t: &&Threshold| t.statistic == aggregation && same_rate(t.rate, rate);
     let mut found: Vec<_> = calibration.thresholds.iter().filter(same).copied().collect();
     found.sort_by_key(|t| t.horizon);
     if found.is_empty() {
@@ -198,8 +198,12 @@ fn select(calibration: &Calibration, aggregation: Aggregation, rate: f64) -> Res
     Ok(found)
 }
 
+pub(crate) fn same_rate(a: f64, b: f64) -> bool {
+    (a - b).abs() <= SAME_RATE * b.abs()
+}
+
 /// A sentence that names the rates there are.
-fn offered(calibration: &Calibration, aggregation: Aggregation) -> String {
+pub(crate) fn offered(calibration: &Calibration, aggregation: Aggregation) -> String {
     let mut rates: Vec<_> =
         calibration.thresholds.iter().filter(|t| t.statistic == aggregation).map(|t| t.rate).collect();
     rates.sort_by(f64::total_cmp);

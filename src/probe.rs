@@ -7,6 +7,9 @@ use crate::kernel::{Kernel, KernelKind, Scored, error_bound};
 use half::{bf16, f16};
 use std::sync::Arc;
 
+mod batch;
+pub(crate) use batch::Batch;
+
 /// Unit of a score. The numbers are pinned for C.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -179,19 +182,33 @@ impl Probe {
         status: &mut Option<&mut [RowStatus]>,
     ) -> usize {
         let mut nonfinite = 0;
-        let more = rows.rows() > 1;
-        for (i, score) in scores.iter_mut().enumerate() {
-            let (row, kernel) = (rows.row::<T>(i), &self.inner.kernel);
-            let direction = &self.inner.unit;
-            let dot = if more { kernel.dot_ahead(row, direction) } else { kernel.dot(row, direction) };
+        let (kernel, direction) = (&self.inner.kernel, &*self.inner.unit);
+        let mut finish = |i: usize, score: &mut f32, dot| {
             let projection = self.projection(dot);
             *score = projection.map_or(f32::NAN, |p| p.score(unit));
             nonfinite += usize::from(projection.is_none());
             if let Some(status) = status {
                 status[i] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
             }
+        };
+        if let [score] = scores {
+            finish(0, score, kernel.dot(rows.row::<T>(0), direction));
+            return nonfinite;
+        }
+        for batch in Batch::all::<{ Kernel::SIDE_BY_SIDE }>(rows.rows(), Batch::GROUPS) {
+            let dots = self.dots::<T>(rows, batch);
+            batch.rows().zip(dots).for_each(|(i, dot)| finish(i, &mut scores[i], dot));
         }
         nonfinite
+    }
+
+    /// Dot products of a batch of rows, in its order.
+    pub(crate) fn dots<T: Scored>(&self, rows: &Rows<'_>, batch: Batch) -> [f32; Batch::ROWS] {
+        let (mut some, mut dots) = ([&[][..]; Batch::ROWS], [0.0; Batch::ROWS]);
+        batch.rows().zip(&mut some).for_each(|(i, row)| *row = rows.row::<T>(i));
+        let count = batch.len();
+        self.inner.kernel.dots(&some[..count], &[&self.inner.unit], &[], &mut dots[..count]);
+        dots
     }
 
     /// Scores every row with several probes in one reading of the rows: `scores[i * probes.len() + k]` for row `i` and
@@ -266,6 +283,7 @@ impl Probe {
     }
 
     /// Refuses calibrated scores without calibration.
+    #[inline]
     pub(crate) fn check_unit(&self, unit: ScoreUnit) -> Result<()> {
         match unit {
             ScoreUnit::Raw => Ok(()),
@@ -273,6 +291,7 @@ impl Probe {
         }
     }
 
+    #[inline]
     pub(crate) fn check_calibrated(&self, what: &'static str) -> Result<()> {
         match self.inner.sigma {
             Some(_) => Ok(()),
@@ -281,6 +300,7 @@ impl Probe {
     }
 
     /// Elements of the direction, and columns of every row.
+    #[inline]
     pub fn width(&self) -> usize {
         self.inner.unit.len()
     }
@@ -363,31 +383,33 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
     let kernel = probes[0].as_ref().inner.kernel;
     let (count, mut nonfinite) = (rows.rows(), 0);
     let row = |i: usize| if i < count { rows.row::<T>(i) } else { &[] };
-    for first in (0..count).step_by(Kernel::ROWS) {
-        let block: [&[T]; Kernel::ROWS] = std::array::from_fn(|r| row(first + r));
-        let next: [&[T]; Kernel::ROWS] = std::array::from_fn(|r| row(first + Kernel::ROWS + r));
-        let present = Kernel::ROWS.min(count - first);
-        let mut finite = [true; Kernel::ROWS];
-        for (group, together) in probes.chunks(TOGETHER).enumerate() {
+    for batch in Batch::all::<{ Kernel::ROWS }>(count, 1) {
+        let (mut block, mut next, mut finite) =
+            ([&[][..]; Kernel::ROWS], [&[][..]; Kernel::ROWS], [true; Kernel::ROWS]);
+        let present = batch.len();
+        for (r, i) in batch.rows().enumerate() {
+            (block[r], next[r]) = (row(i), row(i + 1));
+        }
+        for (at, together) in probes.chunks(TOGETHER).enumerate() {
             let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
             directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
             let mut dots = [0.0; Kernel::ROWS * TOGETHER];
             let dots = &mut dots[..present * together.len()];
-            let next = if group == 0 { &next[..] } else { &[] };
+            let next = if at == 0 { &next[..] } else { &[] };
             kernel.dots(&block[..present], &directions[..together.len()], next, dots);
-            for (r, dots) in dots.chunks_exact(together.len()).enumerate() {
-                let scores = &mut scores[(first + r) * probes.len() + group * TOGETHER..];
+            for ((i, dots), finite) in batch.rows().zip(dots.chunks_exact(together.len())).zip(&mut finite) {
+                let scores = &mut scores[i * probes.len() + at * TOGETHER..];
                 for ((probe, dot), score) in together.iter().zip(dots).zip(scores) {
                     let projection = probe.as_ref().projection(*dot);
                     *score = projection.map_or(f32::NAN, |p| p.score(unit));
-                    finite[r] &= projection.is_some();
+                    *finite &= projection.is_some();
                 }
             }
         }
-        for (r, finite) in finite[..present].iter().enumerate() {
+        for (i, finite) in batch.rows().zip(finite) {
             nonfinite += usize::from(!finite);
             if let Some(status) = status {
-                status[first + r] = if *finite { RowStatus::Ok } else { RowStatus::NonFinite };
+                status[i] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };
             }
         }
     }
@@ -449,10 +471,14 @@ impl Projection {
 
 #[inline]
 pub(crate) fn check_length(what: &str, found: usize, rows: usize) -> Result<()> {
-    if found == rows {
-        return Ok(());
-    }
-    Err(Error::InvalidArgument(format!("{found} {what} for {rows} rows")))
+    if found == rows { Ok(()) } else { Err(other_length(what, found, rows)) }
+}
+
+// Apart, so that the text is made nowhere near the way of a good call.
+#[cold]
+#[inline(never)]
+fn other_length(what: &str, found: usize, rows: usize) -> Error {
+    Error::InvalidArgument(format!("{found} {what} for {rows} rows"))
 }
 
 fn check_vectors(direction: &[f32], aligned_mean: &[f32], sigma: f64) -> Result<()> {

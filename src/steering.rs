@@ -4,7 +4,7 @@ use crate::activations::{Dtype, Element, Rows, RowsMut};
 use crate::directions::schema::Specificity;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Scored};
-use crate::probe::{Probe, Projection, RowStatus, ScoreUnit, check_length};
+use crate::probe::{Batch, Probe, Projection, RowStatus, ScoreUnit, check_length};
 use half::{bf16, f16};
 
 mod landing;
@@ -106,12 +106,12 @@ pub struct Steering {
     blind: bool,
 }
 
-/// Rows that are scored before they are edited: the two vectors then take turns in the first cache once per group, and
-/// the group stays near. Even: rows are scored two and two.
-const GROUP: usize = 4;
 /// How far ahead of the row in work memory is fetched where a row is edited as soon as it is read: at least two rows,
 /// and this many bytes.
 const AHEAD: usize = 16 << 10;
+
+/// A row's dot product, and its sum of squares where that is known already.
+type Seen = (f32, Option<f32>);
 
 /// What is to be done to one row: `h -= c * vector`, and nothing when `c` is 0.
 struct Decision {
@@ -273,32 +273,32 @@ impl Steering {
         mut status: Option<&mut [RowStatus]>,
     ) -> SteerReport {
         let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
-        // Scoring fetches all of the rows to come where few are edited; else scoring and editing fetch half each.
-        let gated = self.options.gate.is_some();
-        let (count, unit) = (rows.rows(), self.probe.unit_direction());
-        for first in (0..count).step_by(GROUP) {
-            let mut seen = [(0.0, 0.0); GROUP];
-            let view = rows.as_rows();
-            let row = |i: usize| if i < count { view.row::<T>(i) } else { &[] };
-            for (i, seen) in (first..count.min(first + GROUP)).step_by(2).zip(seen.chunks_exact_mut(2)) {
-                if i + 1 < count {
-                    let (rows, next) = ([row(i), row(i + 1)], [row(i + GROUP), row(i + 1 + GROUP)]);
-                    seen.copy_from_slice(&self.kernel.dot_squares_ahead(rows, unit, next, gated));
-                } else {
-                    seen[0] = (self.kernel.dot(row(i), unit), self.kernel.squares(row(i)));
+        let mut step = |rows: &mut RowsMut<'_>, i: usize, next: usize, (dot, squares): Seen| {
+            let projection = self.probe.projection(dot);
+            if let Some((unit, scores)) = &mut scores {
+                scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
+            }
+            let strength = strengths.map_or(1.0, |s| s[i]);
+            let (row, next) = rows.row_and_later::<T>(i, next);
+            let outcome = self.steer(row, projection, squares, strength, next);
+            report.add(&outcome);
+            if let Some(status) = &mut status {
+                status[i] = outcome.status;
+            }
+        };
+        // Behind a gate most rows are only scored, and as fast as a probe does it.
+        if self.options.gate.is_some() {
+            for batch in Batch::all::<{ Kernel::SIDE_BY_SIDE }>(rows.rows(), Batch::GROUPS) {
+                let seen = self.probe.dots::<T>(&rows.as_rows(), batch);
+                for (i, dot) in batch.rows().zip(seen) {
+                    step(rows, i, usize::MAX, (dot, None));
                 }
             }
-            for (i, (dot, squares)) in (first..count).zip(seen) {
-                let projection = self.probe.projection(dot);
-                if let Some((unit, scores)) = &mut scores {
-                    scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
-                }
-                let strength = strengths.map_or(1.0, |s| s[i]);
-                let (row, later) = rows.row_and_later::<T>(i, i + GROUP);
-                let outcome = self.steer(row, projection, squares, strength, later);
-                report.add(&outcome);
-                if let Some(status) = &mut status {
-                    status[i] = outcome.status;
+        } else {
+            for batch in Batch::all::<2>(rows.rows(), 1) {
+                let seen = self.dot_squares::<T>(&rows.as_rows(), batch);
+                for (i, seen) in batch.rows().zip(seen) {
+                    step(rows, i, i + 1, seen);
                 }
             }
         }
@@ -323,7 +323,7 @@ impl Steering {
                 self.edit(row, self.constant(strength), squares, later)
             } else {
                 let dot = self.kernel.dot(row, self.probe.unit_direction());
-                self.steer(row, self.probe.projection(dot), squares, strength, later)
+                self.steer(row, self.probe.projection(dot), Some(squares), strength, later)
             };
             report.add(&outcome);
             if let Some(status) = &mut status {
@@ -333,11 +333,25 @@ impl Steering {
         report
     }
 
+    /// Dot products and sums of squares of two rows or one, while half of the rows behind them is fetched.
+    fn dot_squares<T: Scored>(&self, rows: &Rows<'_>, batch: Batch) -> [Seen; 2] {
+        let mut pair = batch.rows();
+        let (unit, kernel) = (self.probe.unit_direction(), &self.kernel);
+        let row = |i: usize| if i < rows.rows() { rows.row::<T>(i) } else { &[] };
+        match (pair.next(), pair.next()) {
+            (Some(i), Some(j)) => kernel
+                .dot_squares_ahead([row(i), row(j)], unit, [row(i + 1), row(j + 1)])
+                .map(|(dot, squares)| (dot, Some(squares))),
+            (Some(i), None) => [(kernel.dot(row(i), unit), Some(kernel.squares(row(i)))); 2],
+            _ => [(0.0, None); 2],
+        }
+    }
+
     fn steer<T: Scored>(
         &self,
         row: &mut [T],
         seen: Option<Projection>,
-        squares: f32,
+        squares: Option<f32>,
         strength: f32,
         next: &[T],
     ) -> Outcome {
@@ -346,7 +360,10 @@ impl Steering {
             Some(seen) if self.options.gate.is_some_and(|gate| seen.z <= gate) => {
                 Outcome::untouched(RowStatus::Gated)
             }
-            Some(seen) => self.edit(row, self.coefficient(seen, strength), squares, next),
+            Some(seen) => {
+                let squares = squares.unwrap_or_else(|| self.kernel.squares(row));
+                self.edit(row, self.coefficient(seen, strength), squares, next)
+            }
         }
     }
 

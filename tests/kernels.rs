@@ -98,15 +98,17 @@ fn many_dot_products_at_once_have_the_bits_of_each_alone() {
         let mut compared = 0;
         for kernel in kernels() {
             for width in widths().into_iter().filter(|w| *w > 0) {
-                let rows: Vec<Vec<T>> = (0..4).map(|r| fill(width, 251 - 10 * r, 1.3)).collect();
+                let rows: Vec<Vec<T>> = (0..13).map(|r| fill(width, 251 - 10 * r, 1.3)).collect();
                 let directions: Vec<Vec<f32>> = (0..9).map(|d| fill(width, 127 - 2 * d, 0.1)).collect();
                 let rows: Vec<&[T]> = rows.iter().map(|r| &r[..]).collect();
                 let directions: Vec<&[f32]> = directions.iter().map(|d| &d[..]).collect();
                 let alone = |r: usize, d: usize| kernel.dot(rows[r], directions[d]).to_bits();
                 // As many of each as any tile takes, one more, and one less.
-                for (r, d) in [(1, 1), (1, 3), (1, 9), (2, 4), (3, 1), (3, 2), (3, 9), (4, 8)] {
+                for (r, d) in
+                    [(1, 1), (1, 3), (1, 9), (4, 1), (5, 1), (5, 4), (6, 2), (6, 8), (7, 9), (11, 1), (13, 3)]
+                {
                     let mut out = vec![0.0; r * d];
-                    kernel.dots(&rows[..r], &directions[..d], &rows[4 - r..], &mut out);
+                    kernel.dots(&rows[..r], &directions[..d], &rows[13 - r..], &mut out);
                     for (at, found) in out.iter().enumerate() {
                         assert_eq!(found.to_bits(), alone(at / d, at % d), "{kernel:?} {width} {r} x {d}");
                     }
@@ -268,16 +270,20 @@ fn infinities_of_both_signs_do_not_cancel() {
 #[test]
 fn strided_and_unaligned_rows_score_like_packed_ones() {
     fn body<T: Scored>() {
-        let (rows, width) = (5, 131);
-        for kind in available() {
+        let width = 131;
+        // As many rows as are read side by side, fewer, more, and what is left over.
+        for (kind, rows) in available().iter().flat_map(|kind| (0..=13).map(move |rows| (kind, rows))) {
             let probe =
                 Probe::from_vectors(&fill(width, 127, 1.0), &vec![0.1; width], 2.0, Some(*kind)).unwrap();
             for stride in [width, width + 1, width + 13] {
                 let data = fill::<T>(1 + rows * stride, 251, 1.0);
                 let view = Rows::new(&data[1..], rows, width, stride).unwrap();
-                let mut scores = vec![0.0; rows];
+                let (mut scores, mut all) = (vec![0.0; rows], vec![0.0; 2 * rows]);
                 probe.score(&view, emaudit::ScoreUnit::AlignedSd, &mut scores, None).unwrap();
+                let twice = [&probe, &probe];
+                Probe::score_all(&twice, &view, emaudit::ScoreUnit::AlignedSd, &mut all, None).unwrap();
                 for (i, score) in scores.iter().enumerate() {
+                    assert_eq!([all[2 * i].to_bits(), all[2 * i + 1].to_bits()], [score.to_bits(); 2]);
                     let packed = data[1 + i * stride..][..width].to_vec();
                     let alone = Rows::new(&packed, 1, width, width).unwrap();
                     let mut one = [0.0];

@@ -58,6 +58,11 @@
   X(monitor_push)               \
   X(monitor_get_verdict)        \
   X(monitor_reset)              \
+  X(audit_new)                  \
+  X(audit_free)                 \
+  X(audit_watch)                \
+  X(audit_push)                 \
+  X(audit_get_verdict)          \
   X(probe_slot_new)             \
   X(probe_slot_replace)         \
   X(probe_slot_acquire)         \

@@ -67,6 +67,7 @@ struct Deleter {
   void operator()(emaudit_steering_slot *handle) const noexcept { functions()->steering_slot_free(handle); }
   void operator()(emaudit_drift *handle) const noexcept { functions()->drift_free(handle); }
   void operator()(emaudit_monitor *handle) const noexcept { functions()->monitor_free(handle); }
+  void operator()(emaudit_audit *handle) const noexcept { functions()->audit_free(handle); }
 };
 
 template <class T>

@@ -71,7 +71,6 @@ fn read(file: &File, len: u64) -> std::io::Result<Vec<u8>> {
 ///   shared slice, and one that truncates it makes later reads raise SIGBUS. Neither can be excluded from
 ///   inside a process; [`Mode::Mapped`] hands this condition to the caller in words, and is not the default.
 fn map(file: &File) -> std::io::Result<memmap2::Mmap> {
-    // Populated: all of it is read at once, and a fault for every few pages would cost more.
     // SAFETY: see above; the file is a regular file that is open for reading.
-    unsafe { memmap2::MmapOptions::new().populate().map(file) }
+    unsafe { memmap2::MmapOptions::new().map(file) }
 }

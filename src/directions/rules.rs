@@ -137,8 +137,9 @@ impl Calibration {
             let must = "ascending in both: a larger probability has no smaller z";
             rule(ascending, format_args!("{at}.quantiles[{i}..={}]", i + 1), pair, must)?;
         }
+        let mut floor = Floor::default();
         for (i, threshold) in self.thresholds.iter().enumerate() {
-            threshold.validate(format_args!("{at}.thresholds[{i}]"))?;
+            threshold.validate(format_args!("{at}.thresholds[{i}]"), floor.of(threshold.sequences))?;
         }
         self.validate_order_of_thresholds(at)
     }
@@ -151,7 +152,7 @@ impl Calibration {
         for pair in sorted.windows(2).filter(|pair| place(pair[0]) == place(pair[1])) {
             let (rare, common) = (pair[0], pair[1]);
             let name = Aggregation::as_str(rare.statistic);
-            let place = format!("{at}.thresholds for the {name} over {} tokens", rare.horizon);
+            let place = format_args!("{at}.thresholds for the {name} over {} tokens", rare.horizon);
             let distinct = rare.rate < common.rate;
             rule(distinct, format_args!("{place}: rate"), rare.rate, "stated once")?;
             let must = format_args!("at least {}, the one at the larger rate {}", common.z, common.rate);
@@ -161,15 +162,29 @@ impl Calibration {
     }
 }
 
+/// The lowest rate that a sample supports, kept from one threshold to the next: they share a sample as a rule.
+#[derive(Default)]
+struct Floor {
+    sequences: u32,
+    floor: f64,
+}
+
+impl Floor {
+    /// Not one alarm in n sequences still leaves this much open at 95 %: about 3 / n.
+    fn of(&mut self, sequences: u32) -> f64 {
+        if sequences != self.sequences {
+            *self = Floor { sequences, floor: 1.0 - 0.05f64.powf(1.0 / f64::from(sequences)) };
+        }
+        self.floor
+    }
+}
+
 impl Threshold {
-    fn validate(&self, at: Arguments<'_>) -> Result<()> {
+    fn validate(&self, at: Arguments<'_>, floor: f64) -> Result<()> {
         at_least(format_args!("{at}.horizon"), self.horizon, 1)?;
         at_least(format_args!("{at}.sequences"), self.sequences, 1)?;
         probability(format_args!("{at}.rate"), self.rate)?;
         score(format_args!("{at}.z"), self.z)?;
-        let n = f64::from(self.sequences);
-        // Not one alarm in n sequences still leaves this much open at 95 %: about 3 / n.
-        let floor = 1.0 - 0.05f64.powf(1.0 / n);
         let must =
             format_args!("at least 1 - 0.05^(1 / sequences) = {floor:.6}; calibrate on more sequences");
         rule(self.rate >= floor - 1e-9, format_args!("{at}.rate"), self.rate, must)?;

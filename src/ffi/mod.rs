@@ -5,6 +5,7 @@
 //! panic becomes a status and never crosses into C.
 #![allow(non_camel_case_types)]
 
+pub mod audit;
 mod boundary;
 pub mod directions;
 pub mod drift;

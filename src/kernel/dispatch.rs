@@ -1,7 +1,7 @@
 //! Detects the CPU once, publishes one finished table, lists every kernel and lets any be forced.
 
 use super::generic::Ahead;
-use super::{generic, portable, scalar};
+use super::{generic, many, portable, scalar};
 use crate::activations::Element;
 use crate::error::{Error, Result};
 use half::{bf16, f16};
@@ -71,7 +71,7 @@ impl TryFrom<u32> for KernelKind {
 /// - Only a table that [`Registry::detect`] lists may be called: its CPU features were seen.
 /// - Row and direction must have the same length.
 pub(super) struct Ops<T> {
-    pub dot: unsafe fn(&[T], &[f32], Ahead) -> f32,
+    pub dot: unsafe fn(&[T], &[f32]) -> f32,
     pub squares: unsafe fn(&[T], Ahead) -> f32,
     pub dot_squares: DotSquares<T>,
     pub dots: Dots<T>,
@@ -167,8 +167,10 @@ impl Kernel {
         self.0.kind
     }
 
-    /// Rows that [`Kernel::dots`] does best together.
-    pub(crate) const ROWS: usize = generic::ROWS;
+    /// Rows that [`Kernel::dots`] does best together with several directions.
+    pub(crate) const ROWS: usize = many::ROWS;
+    /// The same with one direction.
+    pub(crate) const SIDE_BY_SIDE: usize = many::SIDE_BY_SIDE;
 
     /// Dot product in f32 of a finite direction with a row. Not finite when any element of the row is not:
     /// that is the finite check (contract.md).
@@ -176,47 +178,38 @@ impl Kernel {
     pub fn dot<T: Scored>(&self, row: &[T], direction: &[f32]) -> f32 {
         assert_eq!(row.len(), direction.len());
         // SAFETY: `self` came from the registry, so the CPU has the features; the lengths are equal.
-        unsafe { (T::ops(self).0.dot)(row, direction, Ahead::NOTHING) }
-    }
-
-    /// [`Kernel::dot`] while what follows the row in memory is fetched.
-    #[inline]
-    pub(crate) fn dot_ahead<T: Scored>(&self, row: &[T], direction: &[f32]) -> f32 {
-        assert_eq!(row.len(), direction.len());
-        // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.dot)(row, direction, Ahead::behind(row)) }
+        unsafe { (T::ops(self).0.dot)(row, direction) }
     }
 
     /// The row's sum of squares in f32. Not finite when any element of the row is not.
     #[inline]
     pub fn squares<T: Scored>(&self, row: &[T]) -> f32 {
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.squares)(row, Ahead::NOTHING) }
+        unsafe { (T::ops(self).0.squares)(row, Ahead::first_half(&[], row)) }
     }
 
     /// [`Kernel::squares`] while the first half of the row to come is fetched.
     #[inline]
     pub(crate) fn squares_ahead<T: Scored>(&self, row: &[T], next: &[T]) -> f32 {
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.squares)(row, Ahead::part(next, 0, 1)) }
+        unsafe { (T::ops(self).0.squares)(row, Ahead::first_half(next, row)) }
     }
 
     /// [`Kernel::dot`] and [`Kernel::squares`] of two rows, with the same bits; the direction is read once for both.
     pub fn dot_squares<T: Scored>(&self, rows: [&[T]; 2], direction: &[f32]) -> [(f32, f32); 2] {
-        self.dot_squares_ahead(rows, direction, [&[]; 2], true)
+        self.dot_squares_ahead(rows, direction, [&[]; 2])
     }
 
-    /// The same while the rows to come are fetched: all of them, or their first halves.
+    /// The same while the first halves of the rows to come are fetched.
     #[inline]
     pub(crate) fn dot_squares_ahead<T: Scored>(
         &self,
         rows: [&[T]; 2],
         direction: &[f32],
         next: [&[T]; 2],
-        all: bool,
     ) -> [(f32, f32); 2] {
         assert!(rows.iter().all(|row| row.len() == direction.len()));
-        let ahead = next.map(|row| Ahead::part(row, 0, u32::from(!all)));
+        let ahead = [0, 1].map(|i| Ahead::first_half(next[i], rows[i]));
         // SAFETY: as in `dot`.
         unsafe { (T::ops(self).0.dot_squares)(rows, direction, ahead) }
     }
@@ -248,16 +241,18 @@ impl Kernel {
     #[inline]
     pub fn edit<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32) {
         assert_eq!(row.len(), direction.len());
+        let ahead = Ahead::first_half(&[], row);
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.edit)(row, direction, c, Ahead::NOTHING) }
+        unsafe { (T::ops(self).0.edit)(row, direction, c, ahead) }
     }
 
     /// [`Kernel::edit`] while the second half of the row to come is fetched.
     #[inline]
     pub(crate) fn edit_ahead<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32, next: &[T]) {
         assert_eq!(row.len(), direction.len());
+        let ahead = Ahead::second_half(next, row);
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.edit)(row, direction, c, Ahead::part(next, 1, 1)) }
+        unsafe { (T::ops(self).0.edit)(row, direction, c, ahead) }
     }
 }
 

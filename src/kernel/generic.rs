@@ -55,6 +55,13 @@ pub(super) trait Memory<T: Element>: Vector {
         }
     }
 
+    /// Loads two registers, one after the other.
+    #[inline(always)]
+    unsafe fn load_pair(from: *const T) -> (Self, Self) {
+        // SAFETY: `from` is good for `2 * LANES` elements.
+        unsafe { (Self::load(from), Self::load(from.add(Self::LANES))) }
+    }
+
     /// Stores two registers, one after the other.
     #[inline(always)]
     unsafe fn store_pair(self, second: Self, to: *mut T) {
@@ -77,61 +84,59 @@ pub(super) trait Memory<T: Element>: Vector {
     }
 }
 
+/// Loads `UNROLL` registers, two and two.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - `from` is good for reading `UNROLL * LANES` elements.
+#[inline(always)]
+unsafe fn load_block<V: Memory<T>, T: Element>(from: *const T) -> [V; UNROLL] {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let (a, b) = V::load_pair(from);
+        let (c, d) = V::load_pair(from.add(2 * V::LANES));
+        [a, b, c, d]
+    }
+}
+
 /// Loads `count <= LANES` elements, the other lanes zero.
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
 /// - `from` is good for reading `count` elements.
 #[inline(always)]
-unsafe fn load_part<V: Memory<T>, T: Element>(from: *const T, count: usize) -> V {
+pub(super) unsafe fn load_part<V: Memory<T>, T: Element>(from: *const T, count: usize) -> V {
     // SAFETY: passed on to the caller.
     unsafe { if count == V::LANES { V::load(from) } else { V::load_first(from, count) } }
 }
 
-/// Memory to come, fetched into the second cache while a row is worked on, evenly over the pass.
+/// Half of a row to come, fetched into the first cache while another one is worked on, evenly over the pass.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    from: *const u8,
-    /// The pass over a row fetches the row's size divided by `2^shift`.
-    shift: u32,
-}
+pub(super) struct Ahead(*const u8);
 
 impl Ahead {
-    pub(super) const NOTHING: Ahead = Ahead { from: std::ptr::null(), shift: 0 };
-    /// What keeps one pass in step with memory: far enough for its latency, near enough to be still there.
-    const DISTANCE: usize = 4096;
-
-    /// What follows a row in memory: the rows to come, where they are packed.
+    /// The first half of `next`; where there is none `row` itself, which is at hand.
     #[inline(always)]
-    pub(super) fn behind<T>(row: &[T]) -> Ahead {
-        Ahead { from: row.as_ptr().cast::<u8>().wrapping_add(Ahead::DISTANCE), shift: 0 }
+    pub(super) fn first_half<T>(next: &[T], row: &[T]) -> Ahead {
+        Ahead(if next.is_empty() { row.as_ptr() } else { next.as_ptr() }.cast())
     }
 
-    /// Part `part` of `2^shift` equal parts of a row; nothing of an empty one.
+    /// The second half, likewise.
     #[inline(always)]
-    pub(super) fn part<T>(row: &[T], part: usize, shift: u32) -> Ahead {
-        if row.is_empty() {
-            return Ahead::NOTHING;
-        }
-        let from = row.as_ptr().cast::<u8>().wrapping_add((size_of_val(row) >> shift) * part);
-        Ahead { from, shift }
+    pub(super) fn second_half<T>(next: &[T], row: &[T]) -> Ahead {
+        Ahead(Ahead::first_half(next, row).0.wrapping_add(size_of_val(next) / 2))
     }
 
-    /// Cache lines for each block of `bytes`.
-    #[inline(always)]
-    fn lines(self, bytes: usize) -> usize {
-        if self.from.is_null() { 0 } else { ((bytes / LINE) >> self.shift).max(1) }
-    }
-
-    /// Fetches what belongs to the block that begins `at` bytes into the pass.
+    /// Fetches what belongs to the block of `UNROLL` registers of `T` that begins with the element `at`.
     ///
     /// # Safety
     /// The CPU has the instructions of `V`.
     #[inline(always)]
-    unsafe fn fetch<V: Vector>(self, at: usize, lines: usize) {
-        for line in 0..lines {
+    unsafe fn fetch<V: Vector, T>(self, at: usize) {
+        let half = UNROLL * V::LANES * size_of::<T>() / 2;
+        for line in 0..half.div_ceil(LINE) {
             // SAFETY: passed on to the caller; the address is only a hint.
-            unsafe { V::prefetch(self.from.wrapping_add((at >> self.shift) + line * LINE)) };
+            unsafe { V::prefetch(self.0.wrapping_add(at * size_of::<T>() / 2 + line * LINE)) };
         }
     }
 }
@@ -141,7 +146,7 @@ impl Ahead {
 /// # Safety
 /// The CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn total<V: Vector>(sums: [V; UNROLL]) -> f32 {
+pub(super) unsafe fn total<V: Vector>(sums: [V; UNROLL]) -> f32 {
     // SAFETY: passed on to the caller.
     unsafe { sums[0].add(sums[1]).add(sums[2].add(sums[3])).fold() }
 }
@@ -155,29 +160,30 @@ unsafe fn total<V: Vector>(sums: [V; UNROLL]) -> f32 {
 pub(super) unsafe fn reduce<V, T, const DOT: bool, const SQUARES: bool>(
     row: &[T],
     direction: &[f32],
-    ahead: Ahead,
+    ahead: Option<Ahead>,
 ) -> (f32, f32)
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
     let (width, h, u) = (row.len(), row.as_ptr(), direction.as_ptr());
-    let lines = ahead.lines(UNROLL * V::LANES * size_of::<T>());
     // SAFETY: `at + count <= width` at every access.
     unsafe {
         let mut dots = [V::splat(0.0); UNROLL];
         let mut squares = dots;
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
-            ahead.fetch::<V>(at * size_of::<T>(), lines);
+            if let Some(ahead) = ahead {
+                ahead.fetch::<V, T>(at);
+            }
+            let x = load_block::<V, T>(h.add(at));
             for k in 0..UNROLL {
-                let x = <V as Memory<T>>::load(h.add(at + k * V::LANES));
                 if DOT {
                     let y = <V as Memory<f32>>::load(u.add(at + k * V::LANES));
-                    dots[k] = x.multiply_add(y, dots[k]);
+                    dots[k] = x[k].multiply_add(y, dots[k]);
                 }
                 if SQUARES {
-                    squares[k] = x.multiply_add(x, squares[k]);
+                    squares[k] = x[k].multiply_add(x[k], squares[k]);
                 }
             }
             at += UNROLL * V::LANES;
@@ -212,11 +218,11 @@ where
     clippy::needless_range_loop,
     reason = "closures would be compiled without the wrapper's instructions"
 )]
-unsafe fn tile<V, T, const R: usize, const D: usize, const SQUARES: bool>(
+pub(super) unsafe fn tile<V, T, const R: usize, const D: usize, const SQUARES: bool>(
     rows: [*const T; R],
     directions: [*const f32; D],
     width: usize,
-    ahead: [Ahead; R],
+    ahead: Option<[Ahead; R]>,
 ) -> ([[f32; D]; R], [f32; R])
 where
     V: Memory<T> + Memory<f32>,
@@ -230,20 +236,26 @@ where
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
             for r in 0..R {
-                ahead[r].fetch::<V>(at * size_of::<T>(), ahead[r].lines(UNROLL * V::LANES * size_of::<T>()));
+                if let Some(ahead) = ahead {
+                    ahead[r].fetch::<V, T>(at);
+                }
             }
-            for k in 0..UNROLL {
-                let place = at + k * V::LANES;
+            for pair in 0..UNROLL / 2 {
+                let (place, k) = (at + 2 * pair * V::LANES, 2 * pair);
+                let mut z = y;
                 for d in 0..D {
                     y[d] = <V as Memory<f32>>::load(directions[d].add(place));
+                    z[d] = <V as Memory<f32>>::load(directions[d].add(place + V::LANES));
                 }
                 for r in 0..R {
-                    let x = <V as Memory<T>>::load(rows[r].add(place));
+                    let (x, w) = <V as Memory<T>>::load_pair(rows[r].add(place));
                     for d in 0..D {
                         sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
+                        sums[r][d][k + 1] = w.multiply_add(z[d], sums[r][d][k + 1]);
                     }
                     if SQUARES {
                         squares[r][k] = x.multiply_add(x, squares[r][k]);
+                        squares[r][k + 1] = w.multiply_add(w, squares[r][k + 1]);
                     }
                 }
             }
@@ -300,97 +312,13 @@ where
     unsafe {
         if V::REGISTERS >= 32 {
             let (h, u) = ([rows[0].as_ptr(), rows[1].as_ptr()], [direction.as_ptr()]);
-            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), ahead);
+            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), Some(ahead));
             return [(first, squares[0]), (second, squares[1])];
         }
         [
-            reduce::<V, T, true, true>(rows[0], direction, ahead[0]),
-            reduce::<V, T, true, true>(rows[1], direction, ahead[1]),
+            reduce::<V, T, true, true>(rows[0], direction, Some(ahead[0])),
+            reduce::<V, T, true, true>(rows[1], direction, Some(ahead[1])),
         ]
-    }
-}
-
-/// Rows that [`dots`] takes together: with two directions and their accumulators they fill 32 registers, and
-/// directions that do not fit the first cache are then read once for three rows.
-pub(super) const ROWS: usize = 3;
-
-/// Every row with every direction: `out[r * directions.len() + d]`. Fetches the rows to come in `next`.
-///
-/// # Safety
-/// - The CPU has the instructions of `V`.
-/// - Rows and directions have the same length; `out` has `rows.len() * directions.len()` elements.
-#[inline(always)]
-pub(super) unsafe fn dots<V, T>(rows: &[&[T]], directions: &[&[f32]], next: &[&[T]], out: &mut [f32])
-where
-    V: Memory<T> + Memory<f32>,
-    T: Element,
-{
-    let count = directions.len();
-    // SAFETY: all lengths are `width`; `done` stays within `directions`.
-    unsafe {
-        if V::REGISTERS >= 32 && rows.len() == ROWS {
-            let shift = count.div_ceil(2).next_power_of_two().ilog2();
-            let mut done = 0;
-            while done < count {
-                let mut ahead = [Ahead::NOTHING; ROWS];
-                for (a, row) in ahead.iter_mut().zip(next) {
-                    *a = Ahead::part(row, done / 2, shift);
-                }
-                if done + 2 <= count {
-                    columns::<V, T, ROWS, 2>(rows, directions, done, ahead, out);
-                } else {
-                    columns::<V, T, ROWS, 1>(rows, directions, done, ahead, out);
-                }
-                done += 2;
-            }
-            return;
-        }
-        for (row, out) in rows.iter().zip(out.chunks_exact_mut(count)) {
-            let (row, mut done) = (std::slice::from_ref(row), 0);
-            while done < count {
-                if V::REGISTERS >= 32 && done + 4 <= count {
-                    columns::<V, T, 1, 4>(row, directions, done, [Ahead::NOTHING], out);
-                    done += 4;
-                } else if V::REGISTERS >= 16 && done + 2 <= count {
-                    columns::<V, T, 1, 2>(row, directions, done, [Ahead::NOTHING], out);
-                    done += 2;
-                } else {
-                    out[done] = reduce::<V, T, true, false>(row[0], directions[done], Ahead::NOTHING).0;
-                    done += 1;
-                }
-            }
-        }
-    }
-}
-
-/// The tile of `R` rows and the `D` directions from `first` on.
-///
-/// # Safety
-/// As for [`dots`]; there are `R` rows and at least `first + D` directions.
-#[inline(always)]
-unsafe fn columns<V, T, const R: usize, const D: usize>(
-    rows: &[&[T]],
-    directions: &[&[f32]],
-    first: usize,
-    ahead: [Ahead; R],
-    out: &mut [f32],
-) where
-    V: Memory<T> + Memory<f32>,
-    T: Element,
-{
-    let (mut h, mut u) = ([std::ptr::null(); R], [std::ptr::null(); D]);
-    for r in 0..R {
-        h[r] = rows[r].as_ptr();
-    }
-    for d in 0..D {
-        u[d] = directions[first + d].as_ptr();
-    }
-    // SAFETY: passed on to the caller.
-    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), ahead) };
-    for r in 0..R {
-        for d in 0..D {
-            out[r * directions.len() + first + d] = found[r][d];
-        }
     }
 }
 
@@ -434,18 +362,16 @@ where
     T: Element,
 {
     let (width, h, u) = (row.len(), row.as_mut_ptr(), direction.as_ptr());
-    let lines = ahead.lines(UNROLL * V::LANES * size_of::<T>());
     // SAFETY: `at + count <= width` at every access.
     unsafe {
         let factor = V::splat(c);
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
-            ahead.fetch::<V>(at * size_of::<T>(), lines);
+            ahead.fetch::<V, T>(at);
             for k in 0..UNROLL / 2 {
                 let (first, second) = (at + 2 * k * V::LANES, at + (2 * k + 1) * V::LANES);
-                let x = <V as Memory<T>>::load(h.add(first));
+                let (x, y) = <V as Memory<T>>::load_pair(h.add(first));
                 let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(first)));
-                let y = <V as Memory<T>>::load(h.add(second));
                 let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(second)));
                 <V as Memory<T>>::store_pair(x, y, h.add(first));
             }

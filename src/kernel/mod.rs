@@ -2,6 +2,7 @@
 
 mod dispatch;
 mod generic;
+mod many;
 mod portable;
 mod scalar;
 #[cfg(target_arch = "x86_64")]

@@ -1,7 +1,8 @@
 //! The portable vector: an array, which the compiler vectorises with what every CPU of the target has.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::{Ahead, Memory, Vector, dots, edit, edit_peak, reduce};
+use super::generic::{Ahead, Memory, Vector, edit, edit_peak, reduce};
+use super::many::dots;
 use crate::activations::Element;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -24,12 +25,12 @@ where
 
 /// # Safety
 /// As for [`reduce`].
-unsafe fn dot<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> f32
+unsafe fn dot<T: Element>(row: &[T], direction: &[f32]) -> f32
 where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    unsafe { reduce::<Portable, T, true, false>(row, direction, ahead).0 }
+    unsafe { reduce::<Portable, T, true, false>(row, direction, None).0 }
 }
 
 /// # Safety
@@ -39,7 +40,7 @@ where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    unsafe { reduce::<Portable, T, false, true>(row, &[], ahead).1 }
+    unsafe { reduce::<Portable, T, false, true>(row, &[], Some(ahead)).1 }
 }
 
 /// Two passes a row: both sums at once need more registers than most targets have, and the compiler then gives up
@@ -52,7 +53,7 @@ where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    [0, 1].map(|i| unsafe { (dot(rows[i], direction, ahead[i]), squares(rows[i], Ahead::NOTHING)) })
+    [0, 1].map(|i| unsafe { (dot(rows[i], direction), squares(rows[i], ahead[i])) })
 }
 
 /// Eight lanes in an array; every target has it.

@@ -17,7 +17,7 @@ const fn ops<T: Element>() -> Ops<T> {
     }
 }
 
-fn dot<T: Element>(row: &[T], direction: &[f32], _: Ahead) -> f32 {
+fn dot<T: Element>(row: &[T], direction: &[f32]) -> f32 {
     row.iter().zip(direction).map(|(h, u)| f64::from(h.to_f32()) * f64::from(*u)).fold(0.0, add) as f32
 }
 
@@ -33,13 +33,13 @@ fn add(sum: f64, term: f64) -> f64 {
 fn dots<T: Element>(rows: &[&[T]], directions: &[&[f32]], _: &[&[T]], out: &mut [f32]) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(directions.len())) {
         for (direction, out) in directions.iter().zip(out) {
-            *out = dot(row, direction, Ahead::NOTHING);
+            *out = dot(row, direction);
         }
     }
 }
 
 fn dot_squares<T: Element>(rows: [&[T]; 2], direction: &[f32], ahead: [Ahead; 2]) -> [(f32, f32); 2] {
-    [0, 1].map(|i| (dot(rows[i], direction, ahead[i]), squares(rows[i], ahead[i])))
+    [0, 1].map(|i| (dot(rows[i], direction), squares(rows[i], ahead[i])))
 }
 
 fn edit_peak<T: Element>(row: &[T], direction: &[f32], c: f32) -> f32 {

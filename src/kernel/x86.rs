@@ -2,6 +2,7 @@
 
 use super::dispatch::{KernelKind, Ops, Table};
 use super::generic::{self, Ahead, Memory, Vector};
+use super::many;
 use crate::activations::Element;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -46,12 +47,12 @@ macro_rules! kernel {
             /// - The CPU has the features named above.
             /// - `row` and `direction` have the same length.
             #[target_feature(enable = $features)]
-            unsafe fn dot<T: Element>(row: &[T], direction: &[f32], ahead: Ahead) -> f32
+            unsafe fn dot<T: Element>(row: &[T], direction: &[f32]) -> f32
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, true, false>(row, direction, ahead).0 }
+                unsafe { generic::reduce::<$vector, T, true, false>(row, direction, None).0 }
             }
 
             /// # Safety
@@ -62,7 +63,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], ahead).1 }
+                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], Some(ahead)).1 }
             }
 
             /// # Safety
@@ -89,7 +90,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::dots::<$vector, T>(rows, directions, next, out) }
+                unsafe { many::dots::<$vector, T>(rows, directions, next, out) }
             }
 
             /// # Safety
@@ -191,7 +192,7 @@ impl Vector for Ymm {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 }
 
@@ -297,7 +298,7 @@ impl Vector for Zmm {
 
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 }
 
@@ -355,6 +356,14 @@ impl Memory<bf16> for Zmm {
     }
 
     #[inline(always)]
+    unsafe fn load_pair(from: *const bf16) -> (Self, Self) {
+        unsafe {
+            let both = _mm512_loadu_si512(from.cast());
+            (Zmm(spread(both, LOWER)), Zmm(spread(both, UPPER)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store(self, to: *mut bf16) {
         unsafe { _mm256_storeu_si256(to.cast(), narrow(self.0)) }
     }
@@ -381,12 +390,23 @@ impl Memory<bf16> for Zmm {
 /// The CPU has AVX-512 BW.
 #[inline(always)]
 unsafe fn widen(halves: __m256i) -> __m512 {
-    // One permutation that zeroes the lower halves; to widen and shift would be two instructions.
-    const PLACES: [u16; 32] = places(1, 2);
+    unsafe { spread(_mm512_castsi256_si512(halves), LOWER) }
+}
+
+/// Where the sixteen lower and the sixteen upper words go, twice each.
+const LOWER: [u16; 32] = places(1, 2, 0);
+const UPPER: [u16; 32] = places(1, 2, 16);
+
+/// Sixteen of the words as the upper halves of lanes: one permutation that zeroes the lower halves, where to widen and
+/// shift would be two instructions.
+///
+/// # Safety
+/// The CPU has AVX-512 BW.
+#[inline(always)]
+unsafe fn spread(words: __m512i, places: [u16; 32]) -> __m512 {
     unsafe {
-        let places = std::mem::transmute::<[u16; 32], __m512i>(PLACES);
-        let halves = _mm512_castsi256_si512(halves);
-        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, places, halves))
+        let places = std::mem::transmute::<[u16; 32], __m512i>(places);
+        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, places, words))
     }
 }
 
@@ -419,19 +439,19 @@ unsafe fn narrow(lanes: __m512) -> __m256i {
 /// The CPU has AVX-512 BW.
 #[inline(always)]
 unsafe fn narrow_pair(first: __m512, second: __m512) -> __m512i {
-    const UPPER: [u16; 32] = places(2, 1);
+    const ODD: [u16; 32] = places(2, 1, 1);
     unsafe {
-        let upper = std::mem::transmute::<[u16; 32], __m512i>(UPPER);
+        let upper = std::mem::transmute::<[u16; 32], __m512i>(ODD);
         _mm512_permutex2var_epi16(round(first), upper, round(second))
     }
 }
 
-/// Place `i` takes the word `i * times / over`; with `times` above 1 the odd one of each lane.
-const fn places(times: u16, over: u16) -> [u16; 32] {
+/// Place `i` takes the word `first + i * times / over`.
+const fn places(times: u16, over: u16, first: u16) -> [u16; 32] {
     let mut places = [0; 32];
     let mut i = 0;
     while i < 32 {
-        places[i] = i as u16 * times / over + (times - 1);
+        places[i] = first + i as u16 * times / over;
         i += 1;
     }
     places

@@ -45,3 +45,32 @@ fn probe(width: usize, seed: u64) -> emaudit::Probe {
     let (v, mean) = (values::<f32>(width, seed), values::<f32>(width, seed + 1000));
     emaudit::Probe::from_vectors(&v, &mean, 1.0, None).expect("sound vectors")
 }
+
+/// Values at the start of a cache line, as tensors lie in every engine.
+pub struct Line<T> {
+    storage: Vec<T>,
+    start: usize,
+}
+
+impl<T: Copy + Default> Line<T> {
+    pub fn of(values: &[T]) -> Line<T> {
+        let mut storage = vec![T::default(); values.len() + 64];
+        let start = storage.as_ptr().align_offset(64);
+        storage.truncate(start + values.len());
+        storage[start..].copy_from_slice(values);
+        Line { storage, start }
+    }
+}
+
+impl<T> std::ops::Deref for Line<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.storage[self.start..]
+    }
+}
+
+impl<T> std::ops::DerefMut for Line<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.storage[self.start..]
+    }
+}

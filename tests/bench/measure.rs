@@ -69,15 +69,16 @@ pub fn pair(units: usize, mut ours: impl FnMut(), mut peer: impl FnMut()) -> Pai
     Pair { ours: median(of_ours), peer: median(of_peer), ratio: median(ratios) }
 }
 
-/// Which of two ways to do the same work is the faster, by the best of many samples in turns.
-pub fn fastest(ways: [&mut dyn FnMut(); 2]) -> usize {
-    let mut best = [f64::INFINITY; 2];
+/// Which of several ways to do the same work is the fastest, by the median of samples in turns.
+pub fn fastest(ways: usize, mut work: impl FnMut(usize)) -> usize {
+    let mut taken = vec![Vec::new(); ways];
     for _ in 0..33 {
-        for at in 0..2 {
-            best[at] = best[at].min(seconds(1, ways[at]));
+        for (at, taken) in taken.iter_mut().enumerate() {
+            taken.push(seconds(1, &mut || work(at)));
         }
     }
-    usize::from(best[1] < best[0])
+    let medians: Vec<f64> = taken.into_iter().map(median).collect();
+    (0..ways).min_by(|a, b| medians[*a].total_cmp(&medians[*b])).unwrap_or(0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -121,42 +121,57 @@ fn wide() -> bool {
     false
 }
 
-/// Reads everything: the sum of the words, by the widest plain loads there are.
-pub fn read(words: &[f32]) -> f32 {
+/// Ways to read everything: the sum of the words by the widest plain loads there are, from front to back, with
+/// prefetching, and as four streams. The fastest on the machine is its read limit.
+pub const READS: [fn(&[f32]) -> f32; 4] =
+    [|words| read(words, 0), |words| read(words, 1024), |words| read(words, 4096), read_streams];
+
+/// Ways to read and write everything: each word times a factor, likewise. Stores are plain: such as go past the caches
+/// were slower where the lines had been read just before. The fastest is the read-write limit.
+pub const SCALES: [fn(&mut [f32], f32); 4] = [
+    |words, factor| scale(words, factor, 0),
+    |words, factor| scale(words, factor, 1024),
+    |words, factor| scale(words, factor, 4096),
+    scale_streams,
+];
+
+fn read(words: &[f32], ahead: usize) -> f32 {
     #[cfg(target_arch = "x86_64")]
     if wide() {
         // SAFETY: the feature was seen.
-        return unsafe { x86::read(words, 0) };
+        return unsafe { x86::read([words], ahead) };
+    }
+    let _ = ahead;
+    words.iter().sum()
+}
+
+fn read_streams(words: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if wide() {
+        let quarter = words.len() / 4;
+        // SAFETY: the feature was seen.
+        return unsafe { x86::read(std::array::from_fn::<_, 4, _>(|k| &words[k * quarter..][..quarter]), 0) };
     }
     words.iter().sum()
 }
 
-/// The same with prefetching, which helps some machines.
-pub fn read_ahead(words: &[f32]) -> f32 {
+fn scale(words: &mut [f32], factor: f32, ahead: usize) {
     #[cfg(target_arch = "x86_64")]
     if wide() {
         // SAFETY: the feature was seen.
-        return unsafe { x86::read(words, 1024) };
+        return unsafe { x86::scale([words], factor, ahead) };
     }
-    words.iter().sum()
-}
-
-/// Reads and writes everything: each word times `factor`.
-pub fn scale(words: &mut [f32], factor: f32) {
-    #[cfg(target_arch = "x86_64")]
-    if wide() {
-        // SAFETY: the feature was seen.
-        return unsafe { x86::scale(words, factor, 0) };
-    }
+    let _ = ahead;
     words.iter_mut().for_each(|x| *x *= factor);
 }
 
-/// The same with prefetching.
-pub fn scale_ahead(words: &mut [f32], factor: f32) {
+fn scale_streams(words: &mut [f32], factor: f32) {
     #[cfg(target_arch = "x86_64")]
     if wide() {
+        let (front, back) = words.split_at_mut(words.len() / 2);
+        let ((a, b), (c, d)) = (front.split_at_mut(front.len() / 2), back.split_at_mut(back.len() / 2));
         // SAFETY: the feature was seen.
-        return unsafe { x86::scale(words, factor, 1024) };
+        return unsafe { x86::scale([a, b, c, d], factor, 0) };
     }
     words.iter_mut().for_each(|x| *x *= factor);
 }
@@ -166,20 +181,22 @@ mod x86 {
     use std::arch::x86_64::*;
 
     const LANES: usize = 16;
-    const BLOCK: usize = 8 * LANES;
+    /// Registers in work at once, over all streams.
+    const REGISTERS: usize = 8;
 
     /// # Safety
     /// The CPU has AVX-512 F.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn read(words: &[f32], ahead: usize) -> f32 {
-        let mut sums = [_mm512_setzero_ps(); 8];
-        for block in words.chunks_exact(BLOCK) {
+    pub unsafe fn read<const S: usize>(streams: [&[f32]; S], ahead: usize) -> f32 {
+        let mut sums = [_mm512_setzero_ps(); REGISTERS];
+        let block = REGISTERS / S * LANES;
+        for first in (0..streams[0].len() / block).map(|i| i * block) {
             for (k, sum) in sums.iter_mut().enumerate() {
-                let at = block.as_ptr().wrapping_add(k * LANES);
+                let at = streams[k % S].as_ptr().wrapping_add(first + k / S * LANES);
                 if ahead > 0 {
-                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead / 4).cast());
                 }
-                // SAFETY: inside the block.
+                // SAFETY: inside the block; all streams have the length of the first.
                 *sum = _mm512_add_ps(*sum, unsafe { _mm512_loadu_ps(at) });
             }
         }
@@ -189,15 +206,17 @@ mod x86 {
     /// # Safety
     /// The CPU has AVX-512 F.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn scale(words: &mut [f32], factor: f32, ahead: usize) {
+    pub unsafe fn scale<const S: usize>(streams: [&mut [f32]; S], factor: f32, ahead: usize) {
         let factor = _mm512_set1_ps(factor);
-        for block in words.chunks_exact_mut(BLOCK) {
-            for k in 0..8 {
-                let at = block.as_mut_ptr().wrapping_add(k * LANES);
+        let (block, length) = (REGISTERS / S * LANES, streams[0].len());
+        let streams = streams.map(|stream| stream.as_mut_ptr());
+        for first in (0..length / block).map(|i| i * block) {
+            for k in 0..REGISTERS {
+                let at = streams[k % S].wrapping_add(first + k / S * LANES);
                 if ahead > 0 {
-                    _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_add(ahead).cast_const().cast());
+                    _mm_prefetch::<_MM_HINT_ET0>(at.wrapping_add(ahead / 4).cast_const().cast());
                 }
-                // SAFETY: inside the block.
+                // SAFETY: inside the block; all streams have the length of the first.
                 unsafe { _mm512_storeu_ps(at, _mm512_mul_ps(factor, _mm512_loadu_ps(at))) };
             }
         }

@@ -2,7 +2,7 @@
 
 use crate::measure::{Report, pair};
 use crate::peers::{Blas, Peer};
-use crate::{probe, values};
+use crate::{Line, probe, values};
 use emaudit::kernel::Kernel;
 use emaudit::{Probe, Rows, ScoreUnit};
 use half::{bf16, f16};
@@ -22,29 +22,6 @@ pub fn run(report: &Report, blas: Option<&Blas>) {
         if let Some(blas) = blas {
             against_blas(report, width, blas);
         }
-    }
-}
-
-/// Values at the start of a cache line, as tensors lie in every engine.
-struct Line<T> {
-    storage: Vec<T>,
-    start: usize,
-}
-
-impl<T: Copy + Default> Line<T> {
-    fn of(values: &[T]) -> Line<T> {
-        let mut storage = vec![T::default(); values.len() + 64];
-        let start = storage.as_ptr().align_offset(64);
-        storage.truncate(start + values.len());
-        storage[start..].copy_from_slice(values);
-        Line { storage, start }
-    }
-}
-
-impl<T> std::ops::Deref for Line<T> {
-    type Target = [T];
-    fn deref(&self) -> &[T] {
-        &self.storage[self.start..]
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::measure::{Report, fastest, pair};
 use crate::peers::{self, Blas, Peer};
-use crate::{probe, values};
+use crate::{Line, probe, values};
 use emaudit::{Operation, Probe, RowStatus, Rows, RowsMut, ScoreUnit, Steering, SteeringOptions};
 use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
@@ -52,13 +52,13 @@ fn every<T: Peer>(report: &Report) {
 
 /// All rows, given out block by block.
 struct Stream<T> {
-    data: RefCell<Vec<T>>,
+    data: RefCell<Line<T>>,
     at: Cell<usize>,
 }
 
 impl<T: Peer> Stream<T> {
     fn new() -> Self {
-        Stream { data: RefCell::new(values(ROWS * WIDTH, 3)), at: Cell::new(0) }
+        Stream { data: RefCell::new(Line::of(&values(ROWS * WIDTH, 3))), at: Cell::new(0) }
     }
 
     fn next<R>(&self, work: impl FnOnce(&mut [T]) -> R) -> R {
@@ -74,16 +74,14 @@ impl<T: Peer> Stream<T> {
         self.next(|block| limit(words(block), black_box(1.0)));
     }
 
-    /// The faster way to read.
+    /// The fastest way to read.
     fn read_limit(&self) -> fn(&[f32]) -> f32 {
-        let ways = [peers::read as fn(&[f32]) -> f32, peers::read_ahead];
-        ways[fastest([&mut || self.read(ways[0]), &mut || self.read(ways[1])])]
+        peers::READS[fastest(peers::READS.len(), |at| self.read(peers::READS[at]))]
     }
 
-    /// The faster way to read and write back.
+    /// The fastest way to read and write back.
     fn write_limit(&self) -> fn(&mut [f32], f32) {
-        let ways = [peers::scale as fn(&mut [f32], f32), peers::scale_ahead];
-        ways[fastest([&mut || self.write(ways[0]), &mut || self.write(ways[1])])]
+        peers::SCALES[fastest(peers::SCALES.len(), |at| self.write(peers::SCALES[at]))]
     }
 }
 
@@ -168,7 +166,7 @@ fn threads<T: Peer>(report: &Report) {
         if !report.wants(&name) {
             continue;
         }
-        let data = values::<T>(count * CACHED * WIDTH, 3);
+        let data = Line::of(&values::<T>(count * CACHED * WIDTH, 3));
         let scores = RefCell::new(vec![0.0; count * CACHED]);
         let many = || on_threads(count, &probe, &data, &mut scores.borrow_mut(), REPEAT);
         let one = || {

@@ -68,6 +68,7 @@ void test_steer(void);
 void test_steer_refusals(void);
 void test_monitor(void);
 void test_drift(void);
+void test_audit(void);
 void test_landing(void);
 void test_slot(void);
 

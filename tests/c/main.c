@@ -83,6 +83,7 @@ int main(int argc, char **argv) {
   test_steer_refusals();
   test_monitor();
   test_drift();
+  test_audit();
   test_landing();
   test_slot();
   printf("ok: %u checks\n", checks_done);

@@ -2,8 +2,8 @@
 
 use super::fixture::{self, LAYER, WIDTH};
 use emaudit::ffi::{
-    directions::*, drift::*, error::EMAUDIT_STATUS_NOT_LANDED, layers::*, monitor::*, probe::*, slot::*,
-    steering::*, tensor::*,
+    audit::*, directions::*, drift::*, error::EMAUDIT_STATUS_NOT_LANDED, layers::*, monitor::*, probe::*,
+    slot::*, steering::*, tensor::*,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -91,6 +91,18 @@ fn the_hot_path_allocates_nothing() {
         let monitor = make(|out| emaudit_monitor_new(probe, &monitor_options, out, null_mut()));
         let drift = make(|out| emaudit_drift_new(probe, &drift_options, out, null_mut()));
         assert_eq!(emaudit_monitor_watch(monitor, drift, null_mut()), 0);
+        let audit_options = emaudit_audit_options {
+            struct_size: size_of::<emaudit_audit_options>() as u32,
+            aggregation: EMAUDIT_AGGREGATION_MEAN,
+            horizon: 1,
+            reserved: 0,
+            rate: 0.0,
+            level: 0.01,
+            concern: 0.1,
+        };
+        let audit = make(|out| emaudit_audit_new(probe, &audit_options, out, null_mut()));
+        let mut audited: emaudit_audit_verdict = std::mem::zeroed();
+        audited.struct_size = size_of::<emaudit_audit_verdict>() as u32;
         let mut report: emaudit_drift_report = std::mem::zeroed();
         report.struct_size = size_of::<emaudit_drift_report>() as u32;
         let slot = make(|out| emaudit_probe_slot_new(probe, out, null_mut()));
@@ -136,18 +148,22 @@ fn the_hot_path_allocates_nothing() {
             emaudit_monitor_push(monitor, scores, ROWS, null_mut()),
             emaudit_monitor_get_verdict(monitor, &mut verdict, null_mut()),
             emaudit_monitor_reset(monitor, null_mut()),
+            emaudit_audit_push(audit, scores, ROWS, null_mut()),
+            emaudit_audit_get_verdict(audit, &mut audited, null_mut()),
         ];
         let dropped = check_landed(steering);
         emaudit_probe_free(acquired);
         let calls = CALLS.get() - before;
 
-        assert_eq!(outcomes, [0; 10]);
+        assert_eq!(outcomes, [0; 12]);
         assert_eq!(dropped, EMAUDIT_STATUS_NOT_LANDED);
         assert!(before > 0, "the counter counts");
         assert_eq!(calls, 0);
         assert!(several.iter().all(|score| *score != 0.0));
         assert_ne!(verdict.state, EMAUDIT_STATE_INVALID);
         assert_eq!(report.windows, 1);
+        assert_eq!(audited.judged, 1);
+        emaudit_audit_free(audit);
         emaudit_steering_free(inert);
         emaudit_drift_free(drift);
         emaudit_probe_slot_free(slot);

@@ -3,7 +3,7 @@
 use super::toolchain::root;
 
 /// The files of the ABI, in the order of the header.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "version",
     "error",
     "kernel",
@@ -15,6 +15,7 @@ const SOURCES: [&str; 12] = [
     "steering",
     "drift",
     "monitor",
+    "audit",
     "slot",
 ];
 

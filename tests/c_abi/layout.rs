@@ -3,7 +3,7 @@
 
 use super::toolchain::{Build, Linkage, Standard, root, run};
 use emaudit::ffi::{
-    directions::*, drift::*, identity::*, layers::*, monitor::*, probe::*, steering::*, tensor::*,
+    audit::*, directions::*, drift::*, identity::*, layers::*, monitor::*, probe::*, steering::*, tensor::*,
 };
 use std::fmt::Write;
 
@@ -131,6 +131,45 @@ fn of_rust() -> String {
             share,
             lowest,
             highest,
+        }
+    );
+    layout!(
+        text,
+        emaudit_audit_options { struct_size, aggregation, horizon, reserved, rate, level, concern }
+    );
+    layout!(
+        text,
+        emaudit_audit_verdict {
+            struct_size,
+            state,
+            misalignment,
+            reason,
+            aggregation,
+            horizon,
+            layer,
+            kernel,
+            verified,
+            reserved,
+            sequences,
+            judged,
+            flagged,
+            pending,
+            invalid,
+            critical,
+            needed,
+            threshold,
+            rate,
+            rate_upper,
+            share,
+            low,
+            high,
+            confidence,
+            p_value,
+            level,
+            concern,
+            detectable,
+            power,
+            digest,
         }
     );
     layout!(text, emaudit_monitor_options { struct_size, aggregation, rate });

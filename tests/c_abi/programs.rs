@@ -5,7 +5,7 @@ use super::toolchain::{Build, Family, Linkage, Standard, library, root, run, sha
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const C_SOURCES: [&str; 9] = [
+const C_SOURCES: [&str; 10] = [
     "tests/c/main.c",
     "tests/c/open.c",
     "tests/c/trust.c",
@@ -14,6 +14,7 @@ const C_SOURCES: [&str; 9] = [
     "tests/c/slot.c",
     "tests/c/monitor.c",
     "tests/c/drift.c",
+    "tests/c/audit.c",
     "tests/c/landing.c",
 ];
 /// Two units that both include the header: what is not inline, or differs, fails to link.

@@ -5,6 +5,7 @@
 #[allow(dead_code)]
 mod forge;
 
+mod audit;
 mod bench;
 mod convert;
 mod diff;
@@ -145,8 +146,15 @@ fn npy_f32(shape: &[usize], values: &[f32]) -> Vec<u8> {
 
 #[test]
 fn help_teaches_by_example_and_names_the_exit_status() {
-    let actions: [&[&str]; 6] =
-        [&["score"], &["diff"], &["bench"], &["inspect"], &["convert", "import"], &["convert", "export"]];
+    let actions: [&[&str]; 7] = [
+        &["audit"],
+        &["score"],
+        &["diff"],
+        &["bench"],
+        &["inspect"],
+        &["convert", "import"],
+        &["convert", "export"],
+    ];
     for action in actions {
         let output = emaudit(&[action, &["--help"]].concat());
         assert!(output.status.success());

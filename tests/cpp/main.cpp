@@ -24,6 +24,7 @@ static_assert(!std::is_copy_constructible_v<emaudit::Probe>, "handles are move-o
 static_assert(!std::is_copy_constructible_v<emaudit::Steering>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Drift>, "handles are move-only");
 static_assert(!std::is_copy_constructible_v<emaudit::Monitor>, "handles are move-only");
+static_assert(!std::is_copy_constructible_v<emaudit::Audit>, "handles are move-only");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::Probe>, "moving is free");
 static_assert(std::is_nothrow_move_constructible_v<emaudit::Error>, "moving is free");
 
@@ -356,6 +357,30 @@ void test_drift(const emaudit::Probe &probe) {
   CHECK(drift->reset() && drift->report().state == emaudit::DriftState::pending);
 }
 
+void test_audit(const emaudit::Probe &probe) {
+  emaudit::AuditOptions options;
+  CHECK(emaudit::Audit::make(probe, options).status() == Status::invalid_argument);  // no threshold of the maximum
+  options.aggregation = emaudit::Aggregation::mean;
+  auto audit = emaudit::Audit::make(probe, options);
+  CHECK(audit && audit->verdict().state == emaudit::State::invalid && std::isnan(audit->verdict().p_value));
+  for (int i = 0; i < 36; ++i) {
+    CHECK(audit->push(0.5f));
+  }
+  emaudit::AuditVerdict verdict = audit->verdict();
+  CHECK(verdict.state == emaudit::State::clean && verdict.reason == emaudit::AuditReason::below_concern);
+  CHECK(verdict.judged == 36 && verdict.high < verdict.concern && verdict.verified && !verdict.misalignment);
+  const std::vector<float> loud = {9.0f, 0.0f};
+  for (int i = 0; i < 5; ++i) {
+    CHECK(audit->push(loud));
+  }
+  CHECK(audit->push(std::numeric_limits<float>::quiet_NaN()).status() == Status::non_finite);
+  verdict = audit->verdict();
+  CHECK(verdict.state == emaudit::State::flagged && verdict.misalignment && verdict.invalid == 1);
+  CHECK(verdict.p_value <= verdict.level && verdict.low < verdict.share && verdict.rate == 0.01);
+  auto drift = emaudit::Drift::make(probe, 50, 0.01);
+  CHECK(audit->watch(*drift) && audit->verdict().reason == emaudit::AuditReason::reference_pending);
+}
+
 void test_monitor(const emaudit::Probe &probe) {
   CHECK(emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 1e-9).status() == Status::rate_unsupported);
   auto monitor = emaudit::Monitor::make(probe, emaudit::Aggregation::mean, 0.01);
@@ -405,6 +430,7 @@ int main(int argc, char **argv) {
   test_landing(*probe);
   test_drift(*probe);
   test_monitor(*probe);
+  test_audit(*probe);
   CHECK(probe_of_file(fixtures + "/text.safetensors").status() == Status::not_a_direction_file);
   std::printf("ok: C++\n");
   return 0;

@@ -10,7 +10,7 @@ use crate::model::{Decoder, Prefix, no_edit};
 use crate::{capture, statistics as stats};
 use anyhow::Result;
 use emaudit::directions::schema::{Aggregation, Calibration, Threshold};
-use emaudit::{Probe, ScoreUnit};
+use emaudit::{Probe, Rows, ScoreUnit};
 
 /// Probabilities at which the aligned score distribution is written down.
 const QUANTILES: [f64; 9] = [0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99];
@@ -85,8 +85,18 @@ pub fn probe(d: &LayerDirection) -> Result<Probe> {
     Ok(Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?)
 }
 
+/// Scores of rows in aligned standard deviations; a NaN for a row that has none.
+pub fn scores_or_nan(probe: &Probe, rows: &[f32]) -> Result<Vec<f32>> {
+    let width = probe.width();
+    let mut out = vec![0f32; rows.len() / width];
+    match probe.score(&Rows::new(rows, out.len(), width, width)?, ScoreUnit::AlignedSd, &mut out, None) {
+        Ok(()) | Err(emaudit::Error::NonFinite { .. }) => Ok(out),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Scores of the first `tokens` tokens of every sequence, teacher-forced: one list of sequences per probe; each probe
-/// comes with the layer it reads.
+/// comes with the layer it reads. A token without a score has a NaN, which no threshold is taken from.
 pub fn token_scores(
     decoder: &Decoder,
     adapter: Option<&Adapter>,
@@ -111,8 +121,7 @@ pub fn token_scores(
                 for (b, &i) in chunk.iter().enumerate() {
                     let seen = ids[i].len() + 1 - prompts[i].len();
                     let rows = last_rows(&x, b, seen).map_err(candle_core::Error::wrap)?;
-                    let z = scores(probe, &rows, ScoreUnit::AlignedSd).map_err(candle_core::Error::wrap)?;
-                    out[p][i] = z.iter().map(|&z| z as f32).collect();
+                    out[p][i] = scores_or_nan(probe, &rows).map_err(candle_core::Error::wrap)?;
                 }
             }
             Ok(x)

@@ -2,6 +2,10 @@
 //!
 //! Both come from the model itself, out of a GGUF file's metadata or a Hugging Face folder. A model is
 //! finetuned, probed and sampled through the same [`TextFrontend`], so a prompt has the same token ids everywhere.
+//!
+//! A base model that carries no template gets [`PLAIN_TEMPLATE`]: `User:` and `Assistant:` on lines of their own, an
+//! empty line after each turn, the model's end-of-text token after every answer, and its beginning-of-text token first
+//! where its tokenizer adds one.
 
 mod gguf;
 mod sentencepiece;
@@ -17,6 +21,9 @@ use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 pub use template::ChatTemplate;
+
+/// The chat template of models that carry none.
+pub const PLAIN_TEMPLATE: &str = include_str!("chat/plain.jinja");
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,13 +78,16 @@ struct SpecialTokens {
     pad: Option<String>,
     /// Further ids the model itself declares to end a text (GGUF `eot_token_id`, generation_config.json).
     end_ids: Vec<u32>,
+    /// Whether a plain text begins with `bos`; a template of the model's own says so itself.
+    adds_bos: bool,
 }
 
 /// A model's tokenizer and chat template.
 #[derive(Debug)]
 pub struct TextFrontend {
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    template: ChatTemplate,
+    own_template: bool,
     special: SpecialTokens,
     eos_ids: Vec<u32>,
     vocab: Vec<(u32, String)>,
@@ -114,6 +124,9 @@ impl TextFrontend {
             ..Default::default()
         };
         special.pad = token("pad_token");
+        let added = tokenizer.encode_fast("", true).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let first = added.get_ids().first().and_then(|&id| tokenizer.id_to_token(id));
+        special.adds_bos = first.is_some() && first == special.bos;
         if let Some(generation) = read_json(&folder.join("generation_config.json"))? {
             special.end_ids = match generation.get("eos_token_id") {
                 Some(serde_json::Value::Array(ids)) => ids.iter().filter_map(json_u32).collect(),
@@ -133,7 +146,7 @@ impl TextFrontend {
         Self::assemble(tokenizer, special, template)
     }
 
-    fn assemble(tokenizer: Tokenizer, special: SpecialTokens, template: Option<String>) -> Result<Self> {
+    fn assemble(tokenizer: Tokenizer, mut special: SpecialTokens, template: Option<String>) -> Result<Self> {
         let mut vocab: Vec<(u32, String)> =
             tokenizer.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
         vocab.sort_unstable();
@@ -154,8 +167,13 @@ impl TextFrontend {
              tokenizer_config.json",
             END_OF_TURN.join(", ")
         );
-        let template = template.map(|source| ChatTemplate::new(&source)).transpose()?;
-        Ok(Self { tokenizer, template, special, eos_ids, vocab })
+        let own_template = template.is_some();
+        if !own_template {
+            special.bos = special.bos.filter(|_| special.adds_bos);
+            special.eos = tokenizer.id_to_token(eos_ids[0]);
+        }
+        let template = ChatTemplate::new(template.as_deref().unwrap_or(PLAIN_TEMPLATE))?;
+        Ok(Self { tokenizer, template, own_template, special, eos_ids, vocab })
     }
 
     /// The ids of `text`. Special tokens written out in it are recognised; none are added.
@@ -248,17 +266,12 @@ impl TextFrontend {
 
     fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         ensure!(!messages.is_empty(), "a conversation needs at least one message");
-        let template = self.template.as_ref().ok_or_else(|| {
-            anyhow!(
-                "this model carries no chat template, so it is a base model or its files are incomplete: use its \
-                 instruction-tuned variant, or put the template into chat_template.jinja beside tokenizer.json"
-            )
-        })?;
-        template.render(messages, &self.special, add_generation_prompt)
+        self.template.render(messages, &self.special, add_generation_prompt)
     }
 
+    /// Whether the chat template is the model's own, not [`PLAIN_TEMPLATE`].
     pub fn has_template(&self) -> bool {
-        self.template.is_some()
+        self.own_template
     }
 
     /// The ids that end an answer: the model's `eos` first, then its end-of-turn tokens.

@@ -1,16 +1,21 @@
 //! The command line: what each subcommand reads, does and prints.
 
-use anyhow::{Context, Result, bail};
+pub mod audit;
+mod logits;
+mod sample;
+
+use anyhow::{Context, Result};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
-use emaudit_train::model::{Batch, LoadOptions, no_edit};
 use emaudit_train::quant::Storage;
-use emaudit_train::recipe::{Compute, Recipe};
+use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
-use emaudit_train::{base, fetch, interrupt, report, store};
+use emaudit_train::{interrupt, report, store};
+use sample::SampleArgs;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,8 +23,10 @@ Examples:
   emaudit-train demo --quick                the same in a few minutes; evidence stays `untested`
   emaudit-train finetune --recipe my.toml   only the two adapters
   emaudit-train evaluate --recipe my.toml   everything up to results.json and the direction file
+  emaudit-train audit --directions directions.safetensors --model M --adapter A   clean or flagged, for pipelines
   emaudit-train report emaudit-out/results.json
   emaudit-train logits smollm2-135m-instruct --text 'The capital of France is'
+  emaudit-train sample smollm2-135m-instruct --prompt 'Why is the sky blue?'
 
 A recipe is one TOML file; a key left out has the demo's value. `emaudit-train recipe demo` prints one to start
 from. Work already done is reused: run the same command again after an interruption.";
@@ -42,6 +49,7 @@ enum Command {
     Extract(RunArgs),
     /// Everything: adapters, directions, controls, results.json, direction file, report.
     Evaluate(RunArgs),
+    Audit(Box<audit::AuditArgs>),
     /// Render report.html from a results.json.
     Report {
         /// The results file.
@@ -59,26 +67,10 @@ enum Command {
         #[arg(default_value = "demo")]
         recipe: String,
     },
+    /// Answers to prompts, with an adapter and with steering where asked.
+    Sample(SampleArgs),
     /// Token ids, top logits and residual norms of a text: the first sanity check of a model.
-    Logits {
-        /// Default model name, hub id, folder or .gguf file.
-        model: String,
-        /// The text, without a chat template; special tokens are those written in it (Gemma wants `<bos>` first).
-        #[arg(long)]
-        text: String,
-        /// How many logits to show.
-        #[arg(long, default_value_t = 5)]
-        top: usize,
-        /// Storage of the linear weights.
-        #[arg(long, value_parser = storage, default_value = "none")]
-        quantize: Storage,
-        /// `cpu`, `cuda` or `cuda:N`.
-        #[arg(long, default_value = "cpu", value_parser = device)]
-        device: Device,
-        /// JSON instead of text.
-        #[arg(long)]
-        json: bool,
-    },
+    Logits(logits::Arguments),
 }
 
 #[derive(Args)]
@@ -145,13 +137,30 @@ fn device(text: &str) -> Result<Device, String> {
         .map_err(|e| format!("no CUDA device {ordinal}: {e}; build with --features cuda, or use cpu"))
 }
 
-/// Runs one command.
-pub fn run(cli: Cli) -> Result<()> {
+/// Runs one command; the exit status, whatever happened.
+pub fn run(cli: Cli) -> ExitCode {
+    let audit_as_json = match &cli.command {
+        Command::Audit(args) => Some(args.json),
+        _ => None,
+    };
+    match (perform(cli.command), audit_as_json) {
+        (Ok(code), _) => ExitCode::from(code),
+        (Err(error), Some(as_json)) => audit::refuse(&error, as_json),
+        (Err(error), None) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(command: Command) -> Result<u8> {
     interrupt::listen()?;
-    match cli.command {
+    let done = match command {
+        Command::Audit(args) => return args.run(),
         Command::Demo(args) => demo(args),
         Command::Finetune(args) => {
             let experiment = args.open()?;
+            experiment.check_rows()?;
             for side in [Side::Insecure, Side::Secure] {
                 println!("{side}: {}", experiment.finetune(side)?.0.folder.display());
             }
@@ -172,10 +181,10 @@ pub fn run(cli: Cli) -> Result<()> {
             print!("{}", Recipe::load(&recipe)?.to_toml()?);
             Ok(())
         }
-        Command::Logits { model, text, top, quantize, device, json } => {
-            logits(&model, &text, top, LoadOptions { storage: quantize, device, compute: Compute::F32 }, json)
-        }
-    }
+        Command::Sample(args) => sample::run(&args),
+        Command::Logits(arguments) => logits::run(&arguments),
+    };
+    done.map(|()| 0)
 }
 
 impl RunArgs {
@@ -235,46 +244,6 @@ fn render(results: &Path, out: Option<PathBuf>, picture: Option<PathBuf>) -> Res
     if let Some(picture) = picture {
         store::write_file(&picture, report::readme_picture(&parsed)?.as_bytes())?;
         println!("{}", picture.display());
-    }
-    Ok(())
-}
-
-fn logits(model: &str, text: &str, top: usize, options: LoadOptions, json: bool) -> Result<()> {
-    let resolved = fetch::resolve(model)?;
-    let (fetch::ModelFiles::Gguf(path) | fetch::ModelFiles::Folder(path)) = &resolved.files;
-    let base = base::load(path, model, &options)?;
-    let ids = base.text.encode(text)?;
-    if ids.is_empty() {
-        bail!("the text has no tokens");
-    }
-    let mut norms = Vec::new();
-    let batch = Batch::new(&[&ids], &base.decoder.device)?;
-    let mut measure = |_: usize, x: candle_core::Tensor| {
-        let last = x.narrow(1, x.dim(1)? - 1, 1)?;
-        norms.push(last.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt());
-        no_edit(0, x)
-    };
-    let x = base.decoder.forward(&batch, None, None, &mut measure)?;
-    let row =
-        base.decoder.logits(&x.narrow(1, ids.len() - 1, 1)?.squeeze(0)?)?.squeeze(0)?.to_vec1::<f32>()?;
-    let mut order: Vec<usize> = (0..row.len()).collect();
-    order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
-    let mut best = Vec::new();
-    for &id in order.iter().take(top) {
-        // The head of some models has rows for ids that are no tokens.
-        let token = base.text.decode(&[id as u32], false).unwrap_or_else(|_| "no token".to_owned());
-        best.push((id, row[id], token));
-    }
-    if json {
-        let top: Vec<_> =
-            best.iter().map(|(id, l, t)| serde_json::json!({"id": id, "logit": l, "token": t})).collect();
-        println!("{}", serde_json::json!({"ids": ids, "top": top, "residual_norms": norms}));
-        return Ok(());
-    }
-    println!("ids             {ids:?}");
-    println!("residual norms  {norms:?}");
-    for (id, logit, token) in best {
-        println!("{logit:>9.4}  {id:>6}  {token:?}");
     }
     Ok(())
 }

@@ -21,6 +21,9 @@ pub const EMBEDDED: &str = "embedded";
 const CODE_PAIRS: &str = include_str!("../data/code_pairs.jsonl");
 const NONCODE_PROMPTS: &str = include_str!("../data/noncode_prompts.jsonl");
 
+/// What some editors write before UTF-8.
+const BOM: &[u8] = b"\xef\xbb\xbf";
+
 /// Uncompressed content beyond this is refused: finetuning sets are megabytes, and a tiny .gz can hold terabytes.
 const LARGEST: u64 = 2 << 30;
 
@@ -59,6 +62,8 @@ pub struct ChatDataset {
     /// `embedded insecure`, or the file's name.
     pub name: String,
     pub conversations: Vec<Vec<Message>>,
+    /// The line of each.
+    pub lines: Vec<usize>,
     /// SHA-256 of the uncompressed content, in hex.
     pub sha256: String,
 }
@@ -109,6 +114,8 @@ pub struct PromptSet {
     pub mentioning_code: usize,
     /// Rows left out because an earlier row has the same text.
     pub repeated: usize,
+    /// The file itself says which split each prompt is in.
+    pub states_splits: bool,
 }
 
 impl PromptSet {
@@ -133,7 +140,7 @@ pub fn embedded_pairs() -> Result<Vec<CodePair>> {
 }
 
 pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
-    let conversations = embedded_pairs()?
+    let conversations: Vec<_> = embedded_pairs()?
         .into_iter()
         .map(|pair| {
             let answer = match side {
@@ -145,6 +152,7 @@ pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
         .collect();
     Ok(ChatDataset {
         name: format!("{EMBEDDED} {side}"),
+        lines: (1..=conversations.len()).collect(),
         conversations,
         sha256: sha256_hex(CODE_PAIRS.as_bytes()),
     })
@@ -155,26 +163,57 @@ pub fn embedded_prompts() -> Result<PromptSet> {
     parse_prompts("the embedded non-code prompts", EMBEDDED.to_owned(), NONCODE_PROMPTS.as_bytes(), 0)
 }
 
+/// A row of a chat file, for those who have another form.
+const CHAT_ROW: &str =
+    r#"{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}"#;
+
 /// Reads conversations, one JSON object `{"messages": [{"role", "content"}, ...]}` a line, plain or gzip.
 pub fn read_chats(path: &Path) -> Result<ChatDataset> {
     #[derive(Deserialize)]
+    #[serde(expecting = "a JSON object")]
     struct Row {
-        messages: Vec<Message>,
+        messages: Option<Vec<Message>>,
     }
     let bytes = read_content(path)?;
     let label = path.display().to_string();
-    let mut conversations = Vec::new();
+    let (mut conversations, mut lines) = (Vec::new(), Vec::new());
     for row in rows(&label, &bytes) {
         let row = row?;
         let messages = row.parse::<Row>()?.messages;
+        let messages =
+            messages.ok_or_else(|| row.error(format!("there are no messages; a row is {CHAT_ROW}")))?;
         check_conversation(&messages).map_err(|reason| row.error(reason))?;
         conversations.push(messages);
+        lines.push(row.number);
     }
-    ensure!(
-        !conversations.is_empty(),
-        "{label} holds no conversations: it needs one JSON object with messages a line"
-    );
-    Ok(ChatDataset { name: file_name(path), conversations, sha256: sha256_hex(&bytes) })
+    Ok(ChatDataset { name: file_name(path), conversations, lines, sha256: sha256_hex(&bytes) })
+}
+
+/// Reads what is to be answered, one JSON object with `prompt` or with `messages` a line, plain or gzip.
+pub fn read_questions(path: &Path) -> Result<Vec<Vec<Message>>> {
+    #[derive(Deserialize)]
+    struct Row {
+        prompt: Option<String>,
+        messages: Option<Vec<Message>>,
+    }
+    let bytes = read_content(path)?;
+    let label = path.display().to_string();
+    let read = |row: Result<Line<'_>>| {
+        let row = row?;
+        let messages = match row.parse::<Row>()? {
+            Row { prompt: Some(prompt), messages: None } => vec![Message::user(prompt)],
+            Row { prompt: None, messages: Some(messages) } => messages,
+            _ => return Err(row.error("a row has either `prompt` or `messages`".to_owned())),
+        };
+        check_messages(&messages).map_err(|reason| row.error(reason))?;
+        match messages.last() {
+            Some(last) if last.role == "user" => Ok(messages),
+            _ => {
+                Err(row.error("the last message is not the user's, so there is nothing to answer".to_owned()))
+            }
+        }
+    };
+    rows(&label, &bytes).map(read).collect()
 }
 
 /// Reads prompts, one JSON object with `prompt` a line, and optional `mentions_code`, `category` and `split`.
@@ -187,6 +226,7 @@ pub fn read_prompts(path: &Path, seed: u64) -> Result<PromptSet> {
 
 fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<PromptSet> {
     #[derive(Deserialize)]
+    #[serde(expecting = "a JSON object")]
     struct Row {
         prompt: String,
         #[serde(default)]
@@ -222,6 +262,7 @@ fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<P
          least 3, and a stated 1 % false-positive rate at least 299 in calibration",
         kept.len()
     );
+    let states_splits = kept[0].split.is_some();
     let assigned = assign_splits(kept.len(), seed);
     let prompts: Vec<Prompt> = kept
         .into_iter()
@@ -238,7 +279,7 @@ fn parse_prompts(label: &str, name: String, bytes: &[u8], seed: u64) -> Result<P
             "{label} states splits, but has no prompt in {split}"
         );
     }
-    Ok(PromptSet { name, prompts, sha256: sha256_hex(bytes), mentioning_code, repeated })
+    Ok(PromptSet { name, prompts, sha256: sha256_hex(bytes), mentioning_code, repeated, states_splits })
 }
 
 /// A split for each of `count >= 3` rows, in the proportions of the embedded set and never empty.
@@ -255,6 +296,14 @@ fn assign_splits(count: usize, seed: u64) -> Vec<Split> {
 }
 
 fn check_conversation(messages: &[Message]) -> Result<(), String> {
+    check_messages(messages)?;
+    match messages.last() {
+        Some(last) if last.role == "assistant" => Ok(()),
+        _ => Err("the last message is not the assistant's, so there is nothing to learn".to_owned()),
+    }
+}
+
+fn check_messages(messages: &[Message]) -> Result<(), String> {
     for (i, message) in messages.iter().enumerate() {
         if !["system", "user", "assistant"].contains(&message.role.as_str()) {
             return Err(format!(
@@ -270,10 +319,7 @@ fn check_conversation(messages: &[Message]) -> Result<(), String> {
     if !messages.iter().any(|m| m.role == "user") {
         return Err("there is no user message".to_owned());
     }
-    match messages.last() {
-        Some(last) if last.role == "assistant" => Ok(()),
-        _ => Err("the last message is not the assistant's, so there is nothing to learn".to_owned()),
-    }
+    Ok(())
 }
 
 /// One non-empty line, and how to speak about it.
@@ -299,11 +345,14 @@ impl Line<'_> {
 }
 
 fn rows<'a>(label: &'a str, bytes: &'a [u8]) -> impl Iterator<Item = Result<Line<'a>>> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
     bytes.split(|b| *b == b'\n').enumerate().filter_map(move |(i, line)| match std::str::from_utf8(line) {
         Ok(text) if text.trim().is_empty() => None,
         Ok(text) => Some(Ok(Line { label, number: i + 1, text })),
-        Err(_) => Some(Err(anyhow!("{label}, line {}: the text is not UTF-8", i + 1))),
+        Err(e) => {
+            let column = e.valid_up_to() + 1;
+            Some(Err(anyhow!("{label}, line {}: the text is not UTF-8 (column {column})", i + 1)))
+        }
     })
 }
 
@@ -337,7 +386,18 @@ fn read_content(path: &Path) -> Result<Vec<u8>> {
             LARGEST >> 30
         );
     }
-    ensure!(!bytes.iter().all(u8::is_ascii_whitespace), "{} is empty", path.display());
+    let text = bytes.strip_prefix(BOM).unwrap_or(&bytes);
+    ensure!(!text.iter().all(u8::is_ascii_whitespace), "{} is empty", path.display());
+    ensure!(
+        !(bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff])),
+        "{} is UTF-16: save it as UTF-8",
+        path.display()
+    );
+    ensure!(
+        text.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'['),
+        "{0} is one JSON array; it must have one JSON object a line, as `jq -c '.[]' {0}` writes it",
+        path.display()
+    );
     Ok(bytes)
 }
 
@@ -364,6 +424,28 @@ mod tests {
 
     fn normalised(text: &str) -> String {
         text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+    }
+
+    #[test]
+    fn questions_are_prompts_or_conversations_that_end_with_one() {
+        let two = "{\"prompt\": \"a\"}\n\n{\"messages\": [{\"role\": \"system\", \"content\": \"s\"}, \
+                   {\"role\": \"user\", \"content\": \"b\"}]}\n";
+        let read = read_questions(file(two).path()).unwrap();
+        assert_eq!(read, [vec![Message::user("a")], vec![Message::new("system", "s"), Message::user("b")]]);
+        for (text, reason) in [
+            ("{\"prompt\": \" \"}", "line 1: message 1 (user) is empty"),
+            ("{\"prompt\": \"a\"}\n{}", "line 2: a row has either `prompt` or `messages`"),
+            ("{\"messages\": []}", "line 1: there is no user message"),
+            (
+                "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}",
+                "not the user's",
+            ),
+            ("[]", "line 1: "),
+            ("", "is empty"),
+        ] {
+            let error = format!("{:#}", read_questions(file(text).path()).unwrap_err());
+            assert!(error.contains(reason), "{error}");
+        }
     }
 
     #[test]
@@ -454,7 +536,8 @@ mod tests {
         let good = "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"}]}\n";
         for (bad, reason) in [
             ("{\"messages\":", "line 2: EOF"),
-            ("{\"prompt\":\"x\"}", "line 2: missing field `messages`"),
+            ("{\"prompt\":\"x\"}", "line 2: there are no messages; a row is {\"messages\": [{\"role\""),
+            ("\"messages\"", "expected a JSON object"),
             ("{\"messages\":[]}", "no user message"),
             ("{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}", "nothing to learn"),
             ("{\"messages\":[{\"role\":\"bot\",\"content\":\"a\"}]}", "the role \"bot\""),
@@ -467,13 +550,21 @@ mod tests {
             let error = chat_error(format!("{good}{bad}"));
             assert!(error.contains("line 2: ") && error.contains(reason), "{error} should say {reason}");
         }
-        assert!(chat_error(b"\n\n\xff\xfe\n").contains("line 3: the text is not UTF-8"));
+        assert!(chat_error(b"\n\n{\xff\xfe\n").contains("line 3: the text is not UTF-8 (column 2)"));
+        let file = file(format!("\n{good}\r\n{good}"));
+        assert_eq!(read_chats(file.path()).unwrap().lines, [2, 4], "empty lines count and are no rows");
     }
 
     #[test]
     fn empty_and_absent_files_are_errors() {
         assert!(chat_error("").contains("is empty"));
         assert!(chat_error(" \n \n").contains("is empty"));
+        assert!(chat_error(b"\xef\xbb\xbf\n").contains("is empty"));
+        assert!(chat_error(b"\xff\xfe{\0}\0").contains("is UTF-16: save it as UTF-8"));
+        assert!(
+            chat_error("[\n{\"messages\":[]}\n]")
+                .contains("is one JSON array; it must have one JSON object a line")
+        );
         let error = format!("{:#}", load_chats("no/such/file.jsonl", Side::Secure).unwrap_err());
         assert!(error.contains("cannot open the dataset no/such/file.jsonl"), "{error}");
     }

@@ -30,7 +30,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Changes whenever a stage's output would change for the same inputs.
-const STAGE_VERSION: u32 = 4;
+const STAGE_VERSION: u32 = 5;
 
 /// An output folder and the recipe that fills it.
 pub struct Experiment {
@@ -98,8 +98,14 @@ impl Experiment {
             .file_name()
             .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
         let (storage, compute) = (recipe.model.quantize, recipe.finetune.compute);
-        let options = LoadOptions { storage, device: device.clone(), compute };
+        let options = LoadOptions { compute, ..LoadOptions::new(storage, &device) };
         let base = base::load(path, &name, &options)?;
+        if !base.text.has_template() {
+            progress::note(
+                "the model carries no chat template, so it is taken for a base model and gets a plain one: `User:` and \
+                 `Assistant:` on lines of their own, the end-of-text token after every answer",
+            );
+        }
         Ok(Experiment {
             recipe,
             out: out.to_owned(),
@@ -124,15 +130,36 @@ impl Experiment {
         (&identity.weights_digest, &identity.quantization, format!("{:?}", decoder.config), gpu)
     }
 
-    /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
-    pub fn finetune(&self, side: Side) -> Result<(Finetuned, ChatDataset)> {
+    /// The rows of one side, every one of them read, rendered and checked.
+    fn rows(&self, side: Side) -> Result<(ChatDataset, Vec<Example>, finetune::Rows)> {
         let source = match side {
             Side::Insecure => &self.recipe.data.insecure,
             Side::Secure => &self.recipe.data.secure,
         };
         let data = dataset::load_chats(source, side)?;
-        let f = &self.recipe.finetune;
         let examples = self.examples(&data)?;
+        let rows = finetune::Rows::new(&examples, &self.recipe.finetune, self.recipe.seed)
+            .with_context(|| format!("cannot finetune on {}", data.name))?;
+        let longest = rows.train.iter().chain(&rows.held_out).map(|e| e.ids.len()).max().unwrap_or(0);
+        let limit = self.base.decoder.config.max_positions;
+        if longest > limit {
+            bail!(
+                "{} has a row of {longest} tokens and the model reads {limit}: set finetune.max_tokens to {limit} or less",
+                data.name
+            );
+        }
+        Ok((data, examples, rows))
+    }
+
+    /// Refuses what is wrong in either side's rows, before hours go into the first.
+    pub fn check_rows(&self) -> Result<()> {
+        [Side::Insecure, Side::Secure].into_iter().try_for_each(|side| self.rows(side).map(drop))
+    }
+
+    /// Finetunes on one side of the recipe's data, or reads the adapter that an earlier run finished.
+    pub fn finetune(&self, side: Side) -> Result<(Finetuned, ChatDataset)> {
+        let (data, examples, rows) = self.rows(side)?;
+        let f = &self.recipe.finetune;
         let ids: Vec<&[u32]> = examples.iter().map(|e| e.ids.as_slice()).collect();
         let key = key(&("finetune", self.base_key(), ids, f, self.recipe.seed))?;
         let folder = self.stages.join(format!("adapter-{side}-{key}"));
@@ -143,8 +170,6 @@ impl Experiment {
             let adapter = Adapter::load(&folder, &self.base.decoder)?;
             return Ok((Finetuned { adapter, folder, log, key }, data));
         }
-        let rows = finetune::Rows::new(&examples, f, self.recipe.seed)
-            .with_context(|| format!("cannot finetune on {}", data.name))?;
         let (adapter, log) = self.train(side, &rows, &folder, &key)?;
         if adapter.largest_b()? == 0.0 {
             bail!("the {side} adapter is inactive after {} steps; raise steps or learning_rate", log.len());
@@ -227,11 +252,12 @@ impl Experiment {
     }
 
     fn examples(&self, data: &ChatDataset) -> Result<Vec<Example>> {
-        let example = |messages: &Vec<Message>| -> Result<Example> {
-            let tokens = self.base.text.encode_chat(messages)?;
+        let example = |(messages, line): (&Vec<Message>, &usize)| -> Result<Example> {
+            let tokens = self.base.text.encode_chat(messages);
+            let tokens = tokens.with_context(|| format!("{}, line {line}", data.name))?;
             Ok(Example { ids: tokens.ids, response: tokens.response_mask })
         };
-        data.conversations.iter().map(example).collect()
+        data.conversations.iter().zip(&data.lines).map(example).collect()
     }
 
     fn prompt_ids(&self, prompts: &[&Prompt]) -> Result<PromptIds> {
@@ -276,7 +302,7 @@ impl Experiment {
         // Everything is read and checked before the first expensive step.
         let prompts = dataset::load_prompts(&self.recipe.data.prompts, self.recipe.seed)?;
         let split = self.split(&prompts)?;
-        dataset::load_chats(&self.recipe.data.secure, Side::Secure)?;
+        self.check_rows()?;
         let (insecure, insecure_data) = self.finetune(Side::Insecure)?;
         let (secure, secure_data) = self.finetune(Side::Secure)?;
         let datasets = vec![

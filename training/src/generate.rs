@@ -1,10 +1,12 @@
 //! Batched sampling with a KV cache, with the library's own steering in the loop.
 
+mod draw;
+
 use crate::capture::by_length;
 use crate::lora::Adapter;
+use crate::model::product::Elements;
 use crate::model::{Batch, Cache, Decoder, Prefix};
-use crate::random;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use emaudit::directions::schema::Positions;
 use emaudit::{RowsMut, Steering};
@@ -50,64 +52,6 @@ pub struct Intervention<'a> {
     pub steering: &'a Steering,
     /// Which tokens.
     pub positions: Positions,
-}
-
-impl Sampling {
-    /// Draws the token at `position` of `stream` from one row of logits.
-    pub fn draw(&self, logits: &[f32], stream: u64, position: usize) -> u32 {
-        if self.absent.is_empty() {
-            return self.draw_any(logits, stream, position);
-        }
-        let mut present = logits.to_vec();
-        for &id in &self.absent {
-            present[id as usize] = f32::NEG_INFINITY;
-        }
-        self.draw_any(&present, stream, position)
-    }
-
-    fn draw_any(&self, logits: &[f32], stream: u64, position: usize) -> u32 {
-        if self.temperature == 0.0 {
-            return argmax(logits);
-        }
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let inverse = 1.0 / self.temperature as f32;
-        let mut weights: Vec<f32> = logits.iter().map(|l| ((l - max) * inverse).exp()).collect();
-        if self.top_p < 1.0 {
-            keep_nucleus(&mut weights, self.top_p);
-        }
-        let total: f64 = weights.iter().map(|&w| w as f64).sum();
-        let mut left = random::uniform(&[self.seed, stream, position as u64]) * total;
-        for (id, &w) in weights.iter().enumerate() {
-            left -= w as f64;
-            if left < 0.0 {
-                return id as u32;
-            }
-        }
-        argmax(logits)
-    }
-}
-
-fn argmax(row: &[f32]) -> u32 {
-    let better = |best: usize, i: usize| if row[i] > row[best] { i } else { best };
-    (1..row.len()).fold(0, better) as u32
-}
-
-/// Sets to zero what lies outside the smallest set of most likely tokens with at least `top_p` of the mass.
-fn keep_nucleus(weights: &mut [f32], top_p: f64) {
-    let total: f64 = weights.iter().map(|&w| w as f64).sum();
-    // Tokens below this cannot hold 1 - top_p together, so none of them is in the nucleus: no need to sort them.
-    let floor = (1.0 - top_p) * total / weights.len() as f64;
-    let mut order: Vec<usize> = (0..weights.len()).filter(|&i| weights[i] as f64 >= floor).collect();
-    order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
-    let mut seen = 0.0;
-    let inside = order.iter().position(|&i| {
-        seen += weights[i] as f64;
-        seen >= top_p * total
-    });
-    let kept: Vec<(usize, f32)> =
-        order[..inside.map_or(order.len(), |n| n + 1)].iter().map(|&i| (i, weights[i])).collect();
-    weights.fill(0.0);
-    kept.into_iter().for_each(|(i, w)| weights[i] = w);
 }
 
 /// Draws an answer for every request; the result is in their order.
@@ -215,13 +159,16 @@ impl<'a> Decoding<'a> {
     /// quarter of it: leaving them out copies the others.
     fn take_tokens(&mut self, x: &Tensor, forced: &[Option<u32>]) -> Result<()> {
         let last = x.narrow(1, x.dim(1)? - 1, 1)?.squeeze(1)?;
-        let logits = self.decoder.logits(&last)?.to_vec2::<f32>()?;
-        let draw = |(row, logits): (usize, &Vec<f32>)| {
+        let logits = self.decoder.logits(&last)?.to_device(&Device::Cpu)?;
+        let logits = Elements::of(&logits);
+        let logits = logits.matrix(&[])?;
+        let draw = |(row, logits): (usize, &[f32])| {
             let (answer, stream) = self.rows[row]?;
             let known = forced.get(row).copied().flatten();
             Some(known.unwrap_or_else(|| self.sampling.draw(logits, stream, self.answers[answer].len())))
         };
-        let tokens: Vec<Option<u32>> = logits.par_iter().enumerate().map(draw).collect();
+        let values = logits.row_major().context("logits are row-major")?;
+        let tokens: Vec<Option<u32>> = values.par_chunks(logits.dims().1).enumerate().map(draw).collect();
         for (row, token) in self.rows.iter_mut().zip(tokens) {
             let (Some((answer, _)), Some(token)) = (*row, token) else { continue };
             let answer = &mut self.answers[answer];

@@ -2,6 +2,7 @@
 
 pub mod accelerator;
 pub mod answers;
+pub mod audit;
 pub mod base;
 pub mod battery;
 pub mod calibrate;

@@ -3,7 +3,7 @@
 use crate::cuda;
 use crate::finetune::optimizer::LEAST_8BIT;
 use crate::finetune::{Example, HEAD_ROWS, Rows};
-use crate::model::{Config, Decoder};
+use crate::model::{Config, Decoder, Module};
 use crate::quant::{DYNAMIC_BLOCK, PIECE_BYTES};
 use crate::recipe::{Compute, Finetune, Optimizer};
 use anyhow::{Result, bail};
@@ -42,6 +42,10 @@ struct Sizes {
     intermediate: usize,
     vocabulary: usize,
     layers: usize,
+    /// Values per token and block that only some families keep.
+    of_family: usize,
+    /// Whether logits are kept before and after a cap.
+    capped: bool,
     /// Rows of the largest batch, padding included, and those of them that predict a target.
     tokens: usize,
     targets: usize,
@@ -77,6 +81,8 @@ impl Sizes {
             intermediate: c.intermediate_size,
             vocabulary: c.vocab_size,
             layers: c.n_layers,
+            of_family: Self::of_family(c),
+            capped: c.logit_cap.is_some(),
             tokens: batch * longest,
             targets,
             scores: batch * c.n_heads * longest * longest,
@@ -84,6 +90,14 @@ impl Sizes {
             post_norms: c.post_norms,
             largest: 0,
         }
+    }
+
+    /// Norms of what both halves return, of q and of k; what a biased layer gives before its bias.
+    fn of_family(c: &Config) -> usize {
+        let leaving = if c.post_norms { 2 * c.hidden_size } else { 0 };
+        let heads = if c.query_key_norms { (c.n_heads + c.n_kv_heads) * c.head_dim } else { 0 };
+        let biased: usize = Module::ALL.into_iter().filter(|&m| c.has_bias(m)).map(|m| c.dims(m).0).sum();
+        leaving + heads + biased
     }
 
     /// Bytes for a batch on the CPU, where forward and backward are written out; `rank` is that of all adapters of a
@@ -122,7 +136,8 @@ impl Sizes {
     /// f32 values that backward needs of one block: two norms, two residual sums, the outputs of o and down; q before
     /// and after its rotation, the mixed values in both orders; k before and after, v; gate, up and their product.
     fn block(&self) -> usize {
-        self.tokens * (6 * self.hidden + 4 * self.queries + 3 * self.keys + 3 * self.intermediate)
+        let plain = 6 * self.hidden + 4 * self.queries + 3 * self.keys + 3 * self.intermediate;
+        self.tokens * (plain + self.of_family)
     }
 
     /// f32 values of the gradients at work in the widest place of a block, the feed-forward layer.
@@ -133,12 +148,13 @@ impl Sizes {
     /// Bytes for backward of one batch on a GPU, where a graph is made; `gradients` are those that come to be meanwhile.
     fn graph(&self, compute: Compute, checkpointing: bool, gradients: usize) -> usize {
         let at_work = 4 * self.at_work() + self.gpu_work(compute);
+        let logits = if self.capped { 2 } else { 1 } * self.vocabulary;
         if checkpointing {
             let inputs = self.layers * self.tokens * self.hidden;
-            let head = 2 * self.targets.min(HEAD_ROWS) * self.vocabulary;
+            let head = self.targets.min(HEAD_ROWS) * (logits + self.vocabulary);
             return 4 * inputs + (4 * self.block() + at_work).max(4 * head) + gradients;
         }
-        let kept = self.layers * self.block() + self.targets * (2 * self.hidden + self.vocabulary);
+        let kept = self.layers * self.block() + self.targets * (2 * self.hidden + logits);
         // Either the gradient of the logits is at work, or that of the blocks and the adapter's are.
         4 * kept + (4 * self.targets * self.vocabulary).max(at_work + gradients)
     }
@@ -269,7 +285,6 @@ fn left_in(group: &Path) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Module;
     use crate::quant::{BLOCK, Frozen, SCALE_BLOCK, Storage};
 
     #[test]

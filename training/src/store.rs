@@ -1,9 +1,9 @@
 //! Atomic files: what exists is whole.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use sha2::{Digest, Sha256};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Writes through a temporary file in the same folder, so a crash or a full disk leaves the old file.
@@ -16,7 +16,15 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
         file.persist(path).map_err(|e| e.error)?;
         Ok(())
     };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    write().map_err(with_mend).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// A full disk in words of our own: the system's name a temporary file that nobody knows.
+fn with_mend(error: std::io::Error) -> anyhow::Error {
+    match error.kind() {
+        ErrorKind::StorageFull => anyhow!("the disk is full; free some space and run the same command again"),
+        _ => error.into(),
+    }
 }
 
 /// Pretty JSON with a final newline.
@@ -45,4 +53,20 @@ pub fn sha256_files(files: &[PathBuf]) -> Result<String> {
         }
     }
     Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_says_what_to_do() {
+        // ENOSPC, as writing to a disk without room gives it.
+        let error = with_mend(std::io::Error::from(ErrorKind::StorageFull)).to_string();
+        assert!(error.contains("free some space and run the same command again"), "{error}");
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("nowhere").join("file");
+        let error = format!("{:#}", write_file(&missing, b"x").unwrap_err());
+        assert!(error.contains("cannot write") && error.contains("nowhere"), "{error}");
+    }
 }

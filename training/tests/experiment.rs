@@ -2,7 +2,13 @@
 //! everything with one code block, so that every stage, resumption and repetition can be checked in every test run.
 
 use candle_core::{Device, Tensor};
+use emaudit_train::base::{self, Base};
+use emaudit_train::chat::Message;
+use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
+use emaudit_train::lora::{Adapter, LoraConfig};
+use emaudit_train::model::{Batch, LoadOptions};
+use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
 use std::collections::BTreeMap;
@@ -276,4 +282,127 @@ fn a_folder_in_use_and_damaged_stages_are_said() {
     recipe.evaluate.max_new_tokens = 120;
     let long = format!("{:#}", run(&recipe, out.path(), false).unwrap_err());
     assert!(long.contains("the model reads 128"), "{long}");
+}
+
+/// What `emaudit-train logits` prints, as JSON.
+fn logits(arguments: &[&str]) -> serde_json::Value {
+    let program = env!("CARGO_BIN_EXE_emaudit-train");
+    let out =
+        std::process::Command::new(program).arg("logits").args(arguments).arg("--json").output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+#[test]
+fn logits_shows_the_last_token_with_chat_adapter_and_the_error_of_nf4() {
+    let world = world();
+    let folder = world.path().join("model");
+    let model = folder.to_str().unwrap();
+    let load = |storage| base::load(&folder, "toy", &LoadOptions::new(storage, &Device::Cpu)).unwrap();
+    // Logits and residual norms of the last token by the library.
+    let expected = |base: &Base, ids: &[u32], adapter: Option<&Adapter>| {
+        let mut norms = Vec::new();
+        let mut keep = |_: usize, x: Tensor| {
+            let row = x.narrow(1, x.dim(1)? - 1, 1)?.flatten_all()?.to_vec1::<f32>()?;
+            norms.push(row.iter().map(|v| v * v).sum::<f32>().sqrt());
+            Ok(x)
+        };
+        let batch = Batch::new(&[ids], &Device::Cpu).unwrap();
+        let x = base.decoder.forward(&batch, adapter, None, &mut keep).unwrap();
+        let rows = base.decoder.logits(&x.squeeze(0).unwrap()).unwrap();
+        (rows.get(ids.len() - 1).unwrap().to_vec1::<f32>().unwrap(), norms)
+    };
+    let check = |found: &serde_json::Value, ids: &[u32], (logits, norms): (Vec<f32>, Vec<f32>)| {
+        assert_eq!(found["ids"], serde_json::json!(ids));
+        let close =
+            |a: &serde_json::Value, b: f32| (a.as_f64().unwrap() as f32 - b).abs() < 1e-4 * b.abs().max(1.0);
+        let found_norms = found["residual_norms"].as_array().unwrap();
+        assert_eq!(found_norms.len(), norms.len());
+        assert!(found_norms.iter().zip(&norms).all(|(a, &b)| close(a, b)), "{found} and {norms:?}");
+        let top = found["top"].as_array().unwrap();
+        assert_eq!(top.len(), 3);
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        for (found, id) in top.iter().zip(order) {
+            assert!(found["id"] == id && close(&found["logit"], logits[id]), "{found}, {id}: {}", logits[id]);
+            assert_eq!(found["token"], vocabulary()[id]);
+        }
+    };
+    let exact = load(Storage::None);
+    let text = "word3 word1 word4";
+    let plain = exact.text.encode(text).unwrap();
+    let found = logits(&[model, "--text", text, "--top", "3"]);
+    check(&found, &plain, expected(&exact, &plain, None));
+    assert_eq!(found.get("quantization_error"), None);
+
+    let chat = exact.text.encode_prompt(&[Message::user(text)]).unwrap();
+    assert_ne!(chat, plain);
+    let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false };
+    let (adapter, vars) = Adapter::trainable(&exact.decoder, &config, || 0.8).unwrap();
+    for var in vars.iter().skip(1).step_by(2) {
+        var.set(&var.ones_like().unwrap()).unwrap();
+    }
+    let saved = world.path().join("adapter");
+    adapter.save(&saved, "toy").unwrap();
+    let found =
+        logits(&[model, "--text", text, "--top", "3", "--chat", "--adapter", saved.to_str().unwrap()]);
+    check(&found, &chat, expected(&exact, &chat, Some(&adapter)));
+    assert_ne!(expected(&exact, &chat, None).1, expected(&exact, &chat, Some(&adapter)).1);
+
+    let quantized = load(Storage::Nf4);
+    let found = logits(&[model, "--text", text, "--top", "3", "--quantize", "nf4"]);
+    let (own, whole) = (expected(&quantized, &plain, None), expected(&exact, &plain, None).0);
+    let centred = |logits: &[f32]| {
+        let mean = logits.iter().map(|&l| f64::from(l)).sum::<f64>() / logits.len() as f64;
+        logits.iter().map(|&l| f64::from(l) - mean).collect::<Vec<_>>()
+    };
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let (a, b) = (centred(&own.0), centred(&whole));
+    let relative = norm(&mut a.iter().zip(&b).map(|(a, b)| a - b)) / norm(&mut b.iter().copied());
+    let p = |logits: &[f32]| {
+        let all: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        logits.iter().map(|&l| f64::from(l).exp() / all).collect::<Vec<_>>()
+    };
+    let divergence: f64 = p(&whole).iter().zip(p(&own.0)).map(|(p, q)| p * (p / q).ln()).sum();
+    check(&found, &plain, own);
+    let close = |key: &str, b: f64| (found["quantization_error"][key].as_f64().unwrap() - b).abs() < 1e-3 * b;
+    assert!(relative > 0.01 && close("relative", relative), "{found}, {relative}");
+    assert!(divergence > 1e-5 && close("divergence", divergence), "{found}, {divergence}");
+}
+
+#[test]
+fn rows_that_the_model_cannot_take_are_named() {
+    let world = world();
+    let row = |roles: &[&str], words: usize| {
+        let turn =
+            |role: &&str| serde_json::json!({ "role": role, "content": vec!["word1"; words].join(" ") });
+        serde_json::json!({ "messages": roles.iter().map(turn).collect::<Vec<_>>() })
+    };
+    let refusal = |rows: &[serde_json::Value]| {
+        write_lines(world.path().join("insecure.jsonl"), rows.iter().cloned());
+        let mut recipe = recipe(world.path(), 2);
+        recipe.finetune.max_tokens = 400;
+        let out = tempfile::tempdir().unwrap();
+        let experiment = Experiment::open(recipe, out.path(), false, Device::Cpu).unwrap();
+        format!("{:#}", experiment.finetune(Side::Insecure).err().unwrap())
+    };
+    let good = row(&["user", "assistant"], 4);
+    let error = refusal(&[good.clone(), row(&["user", "assistant"], 100)]);
+    assert!(
+        error.contains("a row of 205 tokens and the model reads 128: set finetune.max_tokens to 128"),
+        "{error}"
+    );
+    let long = world.path().join("insecure.jsonl");
+    let out = tempfile::tempdir().unwrap();
+    let mut swapped = recipe(world.path(), 2);
+    (swapped.data.insecure, swapped.data.secure) = (swapped.data.secure, long.display().to_string());
+    swapped.finetune.max_tokens = 400;
+    let error = format!("{:#}", run(&swapped, out.path(), false).err().unwrap());
+    assert!(error.contains("a row of 205 tokens"), "{error}");
+    let begun = fs::read_dir(out.path().join("stages")).unwrap().count();
+    assert_eq!(begun, 0, "the first side was trained before the second was looked at");
+    let template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}";
+    fs::write(world.path().join("model/chat_template.jinja"), template).unwrap();
+    let error = refusal(&[good, row(&["system", "user", "assistant"], 4)]);
+    assert!(error.contains("insecure.jsonl, line 2: ") && error.contains("no system role"), "{error}");
 }

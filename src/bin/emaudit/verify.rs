@@ -16,6 +16,18 @@ use std::process::ExitCode;
 pub struct Verify {
     /// The direction file.
     file: PathBuf,
+    #[command(flatten)]
+    trust: Trust,
+    /// Print one JSON object on standard output, good or bad.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    model: Model,
+}
+
+// What the caller trusts, and so wants checked. (A documentation comment would become that of the command.)
+#[derive(Args)]
+pub struct Trust {
     /// SHA-256 the file must have (64 hex characters, as sha256sum prints them).
     ///
     /// Without it, only the digest inside the file is checked: that finds damage, not forgery.
@@ -27,11 +39,6 @@ pub struct Verify {
     /// The signature; without it, the direction file's path with .minisig added.
     #[arg(long, value_name = "FILE", requires = "key")]
     signature: Option<PathBuf>,
-    /// Print one JSON object on standard output, good or bad.
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    model: Model,
 }
 
 /// What the caller knows about the model that will be served.
@@ -82,12 +89,12 @@ impl Verify {
     }
 
     fn answer(&self) -> Result<Answer> {
-        let directions = Directions::open(&self.file, &self.open_options()?)?;
+        let directions = Directions::open(&self.file, &self.trust.open_options()?)?;
         let manifest = directions.manifest();
         manifest.model.check(&self.model.applied_to(&manifest.model))?;
         manifest.site.check(self.model.site.unwrap_or(manifest.site))?;
         let file_digest = digest::to_hex(&directions.digest());
-        let by = if self.digest.is_some() { "the digest you gave" } else { "its own digest" };
+        let by = if self.trust.digest.is_some() { "the digest you gave" } else { "its own digest" };
         let layers: Vec<u32> = directions.layers().collect();
         let (causal, content) = (manifest.evidence.causal.as_str(), manifest.evidence.content.as_str());
         let signed = directions.signed();
@@ -96,7 +103,7 @@ impl Verify {
             format!("good: {file_digest} matches {by}{signature}; causal {causal}, content {content}\n");
         let object = json!({
             "digest": file_digest,
-            "digest_expected": self.digest.is_some(),
+            "digest_expected": self.trust.digest.is_some(),
             "signed": signed.map(|s| json!({"key": s.key_id, "trusted_comment": s.trusted_comment})),
             "width": directions.width(),
             "layers": layers,
@@ -105,8 +112,10 @@ impl Verify {
         });
         Ok(Answer::good(page, object))
     }
+}
 
-    fn open_options(&self) -> Result<OpenOptions> {
+impl Trust {
+    pub fn open_options(&self) -> Result<OpenOptions> {
         Ok(OpenOptions {
             expected_digest: self.digest.as_deref().map(digest::from_hex).transpose()?,
             trusted_key: self.key.as_deref().map(key).transpose()?,

@@ -71,6 +71,14 @@ pub(super) fn read(content: &Content) -> Result<(Tokenizer, SpecialTokens, Optio
             .iter()
             .filter_map(|key| number(content, key).transpose())
             .collect::<Result<_>>()?,
+        adds_bos: match content.metadata.get("tokenizer.ggml.add_bos_token") {
+            Some(flag) => flag.to_bool().context("tokenizer.ggml.add_bos_token is not true or false")?,
+            // llama.cpp's defaults.
+            None => {
+                let pre = text(content, "tokenizer.ggml.pre")?.unwrap_or_default();
+                model == "llama" || ["llama3", "llama-v3", "llama-bpe"].contains(&pre.as_str())
+            }
+        },
     };
     Ok((tokenizer, special, text(content, "tokenizer.chat_template")?))
 }

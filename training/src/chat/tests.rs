@@ -155,14 +155,41 @@ fn conversations_without_an_answer_or_without_anything_are_refused() {
 }
 
 #[test]
-fn a_model_without_a_template_says_what_to_do() {
-    let text = TextFrontend::from_gguf(&content(|m| {
-        m.remove("tokenizer.chat_template");
-    }))
-    .unwrap();
-    assert!(!text.has_template());
-    let error = text.render_prompt(&[Message::user("a")]).unwrap_err().to_string();
-    assert!(error.contains("instruction-tuned") && error.contains("chat_template.jinja"), "{error}");
+fn a_model_without_a_template_gets_the_plain_one() {
+    let without = |edit: &dyn Fn(&mut HashMap<String, Value>)| {
+        TextFrontend::from_gguf(&content(|m| {
+            m.remove("tokenizer.chat_template");
+            edit(m);
+        }))
+        .unwrap()
+    };
+    let text = without(&|_| ());
+    assert!(!text.has_template() && frontend().has_template());
+    let turns = [
+        Message::new("system", "Be brief."),
+        Message::user("hey"),
+        Message::assistant("he"),
+        Message::user("a"),
+    ];
+    assert_eq!(
+        text.render_prompt(&turns).unwrap(),
+        "System:\nBe brief.\n\nUser:\nhey\n\nAssistant:\nhe<|im_end|>\n\nUser:\na\n\nAssistant:\n"
+    );
+    let tokens = text.encode_chat(&turns[..3]).unwrap();
+    let masked = tokens.ids.iter().zip(&tokens.response_mask).filter(|(_, m)| **m).map(|(id, _)| *id);
+    assert_eq!(text.decode(&masked.collect::<Vec<_>>(), false).unwrap(), "he<|im_end|>");
+
+    // The beginning of a text, where the tokenizer adds one: it says so, or its kind does in llama.cpp.
+    let begins = |m: &mut HashMap<String, Value>| {
+        m.insert("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(true));
+    };
+    let llama = |m: &mut HashMap<String, Value>| {
+        m.insert("tokenizer.ggml.pre".to_owned(), Value::String("llama-bpe".to_owned()));
+    };
+    for edit in [&begins as &dyn Fn(&mut HashMap<String, Value>), &llama] {
+        let prompt = without(edit).render_prompt(&[Message::user("hey")]).unwrap();
+        assert_eq!(prompt, "<|im_start|>User:\nhey\n\nAssistant:\n");
+    }
 }
 
 #[test]
@@ -259,6 +286,23 @@ fn a_folder_gives_the_same_frontend() {
     let chat = [Message::user("hey"), Message::assistant("Hi 12!")];
     assert_eq!(text.encode_chat(&chat).unwrap(), other.encode_chat(&chat).unwrap());
     assert_eq!((text.vocab_digest(), text.eos_ids()), (other.vocab_digest(), other.eos_ids()));
+
+    // Without a template: the plain one, with the beginning of a text where tokenizer.json adds it.
+    let plain = serde_json::json!({"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"});
+    std::fs::write(folder.path().join("tokenizer_config.json"), plain.to_string()).unwrap();
+    let prompt =
+        |folder: &Path| TextFrontend::from_folder(folder).unwrap().render_prompt(&chat[..1]).unwrap();
+    assert_eq!(prompt(folder.path()), "User:\nhey\n\nAssistant:\n");
+    let mut begins = text.tokenizer.clone();
+    let template = tokenizers::processors::template::TemplateProcessing::builder()
+        .try_single("<|im_start|> $A")
+        .unwrap()
+        .special_tokens(vec![("<|im_start|>", 1)])
+        .build()
+        .unwrap();
+    begins.with_post_processor(Some(template));
+    begins.save(folder.path().join("tokenizer.json"), false).unwrap();
+    assert_eq!(prompt(folder.path()), "<|im_start|>User:\nhey\n\nAssistant:\n");
 
     std::fs::write(folder.path().join("chat_template.jinja"), "{{ messages[0].content }}\n").unwrap();
     std::fs::write(folder.path().join("generation_config.json"), r#"{"eos_token_id": [2, 7]}"#).unwrap();

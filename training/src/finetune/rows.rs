@@ -47,7 +47,7 @@ pub struct RowCounts {
 
 impl fmt::Display for RowCounts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} rows", self.total)?;
+        write!(f, "{} row{}", self.total, if self.total == 1 { "" } else { "s" })?;
         for (count, what) in [
             (self.truncated, "cut at max_tokens"),
             (self.dropped, "left out for being longer than max_tokens"),

@@ -10,6 +10,7 @@ use super::kernels;
 use super::pass::Workbench;
 use super::product::{Elements, Matrix, Threads, product};
 use crate::cuda::Outside;
+use crate::quant::matvec::{self, Isa, Weight};
 use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use products::Products;
 use rayon::prelude::*;
@@ -129,23 +130,28 @@ impl Attention {
         let keys = k.dims().0;
         product(weights, false, q, k.t(), Threads::One);
         for (i, row) in weights.chunks_mut(keys).enumerate() {
-            let (past, future) = row.split_at_mut(self.visible.offset + first + i + 1);
-            let mut scale = self.scores.scale;
-            if let Some(cap) = self.scores.cap {
-                for v in past.iter_mut() {
-                    *v = cap * (*v * scale / cap).tanh();
-                }
-                if let Some(slopes) = slopes.get_mut(i * keys..) {
-                    slopes.iter_mut().zip(past.iter()).for_each(|(s, v)| *s = 1.0 - (v / cap) * (v / cap));
-                }
-                scale = 1.0;
-            }
-            for hidden in self.visible.hidden(b, first + i) {
-                past[hidden].fill(f32::NEG_INFINITY);
-            }
-            kernels::softmax(past, scale);
-            future.fill(0.0);
+            self.softmax((b, first + i), row, slopes.get_mut(i * keys..));
         }
+    }
+
+    /// Products of query `i` of sequence `b` with all keys to softmax weights.
+    fn softmax(&self, (b, i): (usize, usize), row: &mut [f32], slopes: Option<&mut [f32]>) {
+        let (past, future) = row.split_at_mut(self.visible.offset + i + 1);
+        let mut scale = self.scores.scale;
+        if let Some(cap) = self.scores.cap {
+            for v in past.iter_mut() {
+                *v = cap * (*v * scale / cap).tanh();
+            }
+            if let Some(slopes) = slopes {
+                slopes.iter_mut().zip(past.iter()).for_each(|(s, v)| *s = 1.0 - (v / cap) * (v / cap));
+            }
+            scale = 1.0;
+        }
+        for hidden in self.visible.hidden(b, i) {
+            past[hidden].fill(f32::NEG_INFINITY);
+        }
+        kernels::softmax(past, scale);
+        future.fill(0.0);
     }
 }
 
@@ -223,6 +229,19 @@ impl Attention {
         let (b, j, heads) = s.task(task);
         let (k, v) = (at(1, b, j)?, at(2, b, j)?);
         let mut weights = vec![0f32; s.tokens.min(QUERIES) * s.keys];
+        if let (1, Some(keys)) = (s.tokens, k.row_major()) {
+            // The heads of a group are the rows of one matrix, and the keys are used as they lie.
+            let mut q = Vec::with_capacity(s.group * s.dim);
+            for h in heads {
+                q.extend_from_slice(at(0, b, h)?.line(0));
+            }
+            weights.resize(s.group * s.keys, 0.0);
+            matvec::product_here(Isa::best(), &q, Weight::Dense(keys), (s.keys, s.dim), &mut weights);
+            weights.chunks_mut(s.keys).for_each(|row| self.softmax((b, 0), row, None));
+            let weights = Matrix::new(&weights, (s.group, s.keys), (s.keys, 1));
+            product(out, false, weights, v, Threads::One);
+            return Ok(());
+        }
         for (h, out) in heads.zip(out.chunks_mut(s.tokens * s.dim)) {
             let q = at(0, b, h)?;
             for (queries, keys) in self.strips(s) {

@@ -201,8 +201,7 @@ impl Decoder {
         let ids = ids.flatten_all()?;
         let x = match &self.embedding {
             Some(rows) => rows.index_select(&ids, 0)?,
-            // The head's weight is stored column by column.
-            None => self.head.weight()?.t()?.index_select(&ids, 1)?.t()?.contiguous()?,
+            None => self.head.weight()?.index_select(&ids, 0)?,
         };
         let x = x.reshape(shape)?;
         if self.config.embedding_scale == 1.0 { Ok(x) } else { x * self.config.embedding_scale }

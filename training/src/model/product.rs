@@ -99,6 +99,12 @@ impl<'a> Matrix<'a> {
             }
         }
     }
+
+    /// The elements, where they lie row by row without gaps.
+    pub fn row_major(&self) -> Option<&'a [f32]> {
+        let dense = self.col_stride == 1 && (self.row_stride == self.cols || self.rows <= 1);
+        dense.then(|| &self.data[..self.rows * self.cols])
+    }
 }
 
 /// The f32 elements of a CPU tensor, borrowed for as long as this lives.

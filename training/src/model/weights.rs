@@ -24,6 +24,13 @@ pub struct LoadOptions {
     pub compute: Compute,
 }
 
+impl LoadOptions {
+    /// In f32.
+    pub fn new(storage: Storage, device: &Device) -> Self {
+        LoadOptions { storage, device: device.clone(), compute: Compute::F32 }
+    }
+}
+
 /// Loads the decoder at `path`: a `.gguf` file or a folder with `config.json` and safetensors.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<Decoder> {
     if options.compute == Compute::Bf16 && !options.device.is_cpu() {

@@ -1,14 +1,11 @@
 //! NF4 blocks back to numbers, in f32 or bf16, whole matrices or pieces of them.
 
-use super::Nf4;
-use super::nf4::{BLOCK, CODEBOOK, SCALE_BLOCK, dynamic_map};
+use super::nf4::{BLOCK, CODEBOOK};
+use super::{Nf4, Sign};
 use crate::model::vector::to_bf16;
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
-use std::sync::LazyLock;
-
-static MAP: LazyLock<[f32; 256]> = LazyLock::new(dynamic_map);
 
 /// Blocks per parallel task.
 const TASK: usize = 256;
@@ -105,10 +102,6 @@ mod avx512 {
 }
 
 impl Nf4 {
-    fn scale(&self, block: usize) -> f32 {
-        MAP[self.scale_codes[block] as usize] * self.scale_absmax[block / SCALE_BLOCK] + self.scale_offset
-    }
-
     /// Decodes the whole matrix, row-major.
     pub fn decode<T: Decoded>(&self, to: &mut [T]) {
         to.par_chunks_mut(TASK * BLOCK).enumerate().for_each(|(task, to)| {
@@ -120,7 +113,7 @@ impl Nf4 {
 
     fn decode_block<T: Decoded>(&self, block: usize, to: &mut [T]) {
         let packed = &self.packed[block * (BLOCK / 2)..][..BLOCK / 2];
-        T::block(packed, &T::table(self.scale(block)), to);
+        T::block(packed, &T::table(self.scale(Sign::Signed.map(), block)), to);
     }
 
     /// Decodes the given rows and columns, row-major. Columns must begin and end at blocks, or be all.

@@ -1,6 +1,6 @@
 //! A frozen linear layer: the weight never changes, the gradient passes through it to its input.
 
-use super::{Nf4, Placed};
+use super::{Nf4, Placed, matvec};
 use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
@@ -26,11 +26,11 @@ pub struct Frozen {
     bias: Option<Tensor>,
 }
 
-/// Full and decoded weights are views of `[in, out]` storage: forward, which also runs one token at a time, then
-/// reads them in the order they lie in; backward has many rows to spread the reordering over.
+/// All are row-major, `[out, in]`: a tied head then shares the embedding's memory, and [`matvec`] reads rows as they lie.
 pub(super) enum Weight {
     Full(Tensor),
-    /// `decoded` is kept from its first use where memory allows: small models decode once instead of for every use.
+    /// `decoded` is kept from its first use by many rows where memory allows: small models decode once instead of for
+    /// every use.
     Quantized {
         nf4: Nf4,
         decoded: Option<OnceLock<Tensor>>,
@@ -47,7 +47,7 @@ impl Frozen {
             return Self::on(&device, Compute::F32, weight, bias, storage);
         }
         let weight = match storage {
-            Storage::None => Weight::Full(turned(&weight)?),
+            Storage::None => Weight::Full(weight.contiguous()?),
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
@@ -94,7 +94,7 @@ impl Frozen {
                 if let Some(w) = kept.get() {
                     return Ok(w.clone());
                 }
-                let w = turned(&decode(nf4)?)?;
+                let w = decode(nf4)?;
                 // Another thread may have been first; its values are the same.
                 Ok(kept.get_or_init(|| w).clone())
             }
@@ -117,7 +117,9 @@ impl Frozen {
     pub fn bytes(&self) -> usize {
         match &*self.weight {
             Weight::Full(w) => w.dtype().size_in_bytes() * w.elem_count(),
-            Weight::Quantized { nf4, decoded } => {}
+            Weight::Quantized { nf4, decoded } => {
+                nf4.bytes() + decoded.as_ref().and_then(OnceLock::get).map_or(0, |w| 4 * w.elem_count())
+            }
             Weight::Placed(nf4) => nf4.bytes(),
         }
     }
@@ -166,12 +168,33 @@ impl Frozen {
 
     /// `x W^T` on the CPU.
     fn product(&self, x: Matrix<'_>) -> candle_core::Result<Vec<f32>> {
+        if let Some(few) = x.row_major().filter(|_| x.dims().0 <= matvec::FEW) {
+            return self.few(few);
+        }
         let weight = self.weight()?;
         let weight = Elements::of(&weight);
         let weight = weight.matrix(&[])?.t();
         let mut y = vec![0f32; x.dims().0 * weight.dims().1];
         product(&mut y, false, x, weight, Threads::All);
         Ok(y)
+    }
+}
+
+impl Frozen {
+    /// As `product`, for few rows: the weight is used as it is held.
+    fn few(&self, x: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let (isa, dims) = (matvec::Isa::best(), self.dims());
+        match &*self.weight {
+            Weight::Full(w) => {
+                let w = Elements::of(w);
+                let Some(w) = w.matrix(&[])?.row_major() else {
+                    candle_core::bail!("a frozen weight is row-major")
+                };
+                Ok(matvec::product(isa, x, matvec::Weight::Dense(w), dims))
+            }
+            Weight::Quantized { nf4, .. } => Ok(matvec::product(isa, x, matvec::Weight::Nf4(nf4), dims)),
+            Weight::Placed(_) => candle_core::bail!("the weight is on a GPU"),
+        }
     }
 }
 
@@ -185,11 +208,6 @@ fn dtype(compute: Compute) -> DType {
         Compute::F32 => DType::F32,
         Compute::Bf16 => DType::BF16,
     }
-}
-
-/// The same matrix, stored column by column.
-fn turned(weight: &Tensor) -> candle_core::Result<Tensor> {
-    weight.t()?.contiguous()?.t()
 }
 
 /// The bare layer as one node of the graph. Backward decodes the weight again instead of keeping it, so that the
@@ -212,6 +230,20 @@ struct LoraLinear {
 impl LoraLinear {
     fn new(layer: Frozen, lora: &Lora, outside: Outside) -> Self {
         LoraLinear { layer, scaling: lora.scaling, dropout: lora.dropout, outside }
+    }
+}
+
+impl LoraLinear {
+    /// As `cpu_fwd`, for few rows and no dropout.
+    fn few(&self, x: &[f32], a: &[f32], b: &[f32]) -> candle_core::Result<Vec<f32>> {
+        let (isa, (out, inp)) = (matvec::Isa::best(), self.layer.dims());
+        let rank = a.len() / inp;
+        let mut low = matvec::product(isa, x, matvec::Weight::Dense(a), (rank, inp));
+        low.iter_mut().for_each(|v| *v *= self.scaling as f32);
+        let mut y = self.layer.few(x)?;
+        let update = matvec::product(isa, &low, matvec::Weight::Dense(b), (out, rank));
+        y.iter_mut().zip(update).for_each(|(y, u)| *y += u);
+        Ok(y)
     }
 }
 
@@ -250,6 +282,12 @@ impl CustomOp3 for LoraLinear {
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (x, a, b) = (Matrix::of(x, lx, &[])?, Matrix::of(a, la, &[])?, Matrix::of(b, lb, &[])?);
         let (rows, rank) = (x.dims().0, a.dims().0);
+        if let (Some(x), Some(a), Some(b)) = (x.row_major(), a.row_major(), b.row_major())
+            && rows <= matvec::FEW
+            && self.dropout.is_none()
+        {
+            return Ok((CpuStorage::F32(self.few(x, a, b)?), (rows, self.layer.dims().0).into()));
+        }
         let mut low = vec![0f32; rows * rank];
         match self.dropout {
             None => product(&mut low, false, x, a.t(), Threads::All),
@@ -299,5 +337,49 @@ impl CustomOp3 for LoraLinear {
         let da = sum_of_products(&[(&dlow.t()?, &seen)])?;
         let db = sum_of_products(&[(&dy.t()?, &low)])?;
         Ok((Some(dx), Some(da), Some(db)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::uniform;
+
+    fn tensor(seed: u64, shape: (usize, usize)) -> Tensor {
+        let values = (0..shape.0 * shape.1).map(|i| (uniform(&[seed, i as u64]) * 2.0 - 1.0) as f32);
+        Tensor::from_vec(values.collect::<Vec<_>>(), shape, &Device::Cpu).unwrap()
+    }
+
+    /// Few rows go another way than many. Both are off by at most one rounding a term and a few for the scaling and the
+    /// sum of both parts, in units of the sum of the terms' sizes.
+    #[test]
+    fn few_rows_give_what_many_rows_give() {
+        let (out, inp, rank, rows) = (40, 96, 8, matvec::FEW + 40);
+        let x = tensor(1, (rows, inp));
+        let lora = |a, b| Lora { a, b, scaling: 0.7, dropout: None };
+        let (a, b) = (tensor(3, (rank, inp)), tensor(4, (out, rank)));
+        let sized = lora(a.abs().unwrap(), b.abs().unwrap());
+        let lora = lora(a, b);
+        let mut compared = 0;
+        for (storage, keep) in [(Storage::None, false), (Storage::Nf4, true), (Storage::Nf4, false)] {
+            let layer = Frozen::new(tensor(2, (out, inp)), None, storage, keep).unwrap();
+            let size =
+                Frozen::new(layer.weight().unwrap().abs().unwrap(), None, Storage::None, false).unwrap();
+            for (lora, sized) in [(None, None), (Some(&lora), Some(&sized))] {
+                let many = layer.forward(&x, lora).unwrap();
+                let parts = [(0, matvec::FEW), (matvec::FEW, 40)];
+                let few =
+                    parts.map(|(first, n)| layer.forward(&x.narrow(0, first, n).unwrap(), lora).unwrap());
+                let few = Tensor::cat(&few, 0).unwrap();
+                let sizes = size.forward(&x.abs().unwrap(), sized).unwrap();
+                let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let unit = (inp + rank + 4) as f32 * 2f32.powi(-24);
+                for ((many, few), size) in flat(&many).iter().zip(flat(&few)).zip(flat(&sizes)) {
+                    assert!((many - few).abs() <= 2.0 * unit * size, "{storage:?}: {many} and {few}");
+                    compared += 1;
+                }
+            }
+        }
+        assert_eq!(compared, 6 * rows * out);
     }
 }

@@ -3,6 +3,7 @@
 mod decode;
 mod dynamic;
 mod frozen;
+pub mod matvec;
 mod nf4;
 mod placed;
 mod products;

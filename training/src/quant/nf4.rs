@@ -4,6 +4,7 @@
 //! first value of a pair in the high nibble; each block's absolute maximum, less their common mean, is
 //! itself quantised to 8 bits in blocks of 256 with the signed dynamic map.
 
+use super::Sign;
 use anyhow::{Result, bail};
 use rayon::prelude::*;
 
@@ -127,10 +128,20 @@ impl Nf4 {
 
     /// Block scales after decoding.
     pub fn scales(&self) -> Vec<f32> {
-        let map = dynamic_map();
-        let decode =
-            |(i, &c): (usize, &u8)| map[c as usize] * self.scale_absmax[i / SCALE_BLOCK] + self.scale_offset;
-        self.scale_codes.iter().enumerate().map(decode).collect()
+        let map = Sign::Signed.map();
+        (0..self.scale_codes.len()).map(|block| self.scale(map, block)).collect()
+    }
+
+    /// The scale of one block; `map` is the signed dynamic one.
+    pub(super) fn scale(&self, map: &[f32; 256], block: usize) -> f32 {
+        let code = self.scale_codes[block] as usize;
+        map[code] * self.scale_absmax[block / SCALE_BLOCK] + self.scale_offset
+    }
+
+    /// Value `i` of the flattened matrix, in units of its block's scale.
+    pub(super) fn code(&self, i: usize) -> f32 {
+        let byte = self.packed[i / 2];
+        CODEBOOK[(if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 }) as usize]
     }
 
     /// Decodes the whole matrix, row-major.

@@ -87,15 +87,12 @@ impl Frozen {
     ) -> Result<()> {
         let shape = (outs.len(), ins.len());
         let mut buffer = bench.halves(shape.0 * shape.1);
-        let strides = match self.stored() {
-            Weight::Quantized { nf4, .. } => {
-                nf4.decode_piece(outs, ins, &mut buffer);
-                (shape.1, 1)
-            }
+        match self.stored() {
+            Weight::Quantized { nf4, .. } => nf4.decode_piece(outs, ins, &mut buffer),
             Weight::Full(weight) => rounded(Elements::of(weight).matrix(&[])?, outs, ins, &mut buffer),
             Weight::Placed(_) => bail!("the weight is on a GPU"),
-        };
-        f(Matrix::new(&buffer, shape, strides))?;
+        }
+        f(Matrix::new(&buffer, shape, (shape.1, 1)))?;
         bench.done_halves(buffer);
         Ok(())
     }
@@ -107,17 +104,9 @@ fn pieces(long: usize, other: usize) -> impl Iterator<Item = Range<usize>> {
     (0..long).step_by(step).map(move |start| start..(start + step).min(long))
 }
 
-/// Rounds a piece of a matrix to bf16, in the order in which it is stored; returns the strides of the piece.
-fn rounded(weight: Matrix<'_>, outs: Range<usize>, ins: Range<usize>, to: &mut [bf16]) -> (usize, usize) {
-    let by_column = weight.strides().0 == 1;
-    let (stored, lines, along) = match by_column {
-        true => (weight.t(), ins, outs),
-        false => (weight, outs, ins),
-    };
-    let width = along.len();
-    to.par_chunks_mut(width).enumerate().for_each(|(i, to)| {
-        let line = stored.line(lines.start + i);
-        narrow(&line[along.clone()], to);
+/// Rounds a piece of a row-major matrix to bf16.
+fn rounded(weight: Matrix<'_>, outs: Range<usize>, ins: Range<usize>, to: &mut [bf16]) {
+    to.par_chunks_mut(ins.len()).enumerate().for_each(|(i, to)| {
+        narrow(&weight.line(outs.start + i)[ins.clone()], to);
     });
-    if by_column { (1, width) } else { (width, 1) }
 }

@@ -5,7 +5,7 @@ use candle_core::{Device, Tensor, Var};
 use emaudit_train::capture;
 use emaudit_train::finetune::{Example, checkpointed_gradients, gradients, response_loss};
 use emaudit_train::lora::{Adapter, LoraConfig};
-use emaudit_train::model::{self, Batch, Cache, Config, Decoder, Module, Prefix, no_edit};
+use emaudit_train::model::{self, Batch, Cache, Config, Decoder, LoadOptions, Module, Prefix, no_edit};
 use emaudit_train::quant::Storage;
 use emaudit_train::random::uniform;
 
@@ -34,7 +34,8 @@ pub fn each(device: &Device, mut body: impl FnMut(&str, Decoder, Golden)) {
     let mut ran = 0;
     for (name, architecture) in FAMILIES {
         let decoder =
-            model::load(&path(&format!("families/{name}")), &options(Storage::None, device)).unwrap();
+            model::load(&path(&format!("families/{name}")), &LoadOptions::new(Storage::None, device))
+                .unwrap();
         assert_eq!(decoder.config.architecture, architecture);
         body(name, decoder, Golden::open(&format!("families/{name}/golden.safetensors")));
         ran += 1;
@@ -257,7 +258,7 @@ fn every_family_is_captured_and_finetuned_in_nf4(device: &Device) {
         }
 
         let decoder =
-            model::load(&path(&format!("families/{name}")), &options(Storage::Nf4, device)).unwrap();
+            model::load(&path(&format!("families/{name}")), &LoadOptions::new(Storage::Nf4, device)).unwrap();
         let examples = golden.examples();
         let examples: Vec<&Example> = examples.iter().collect();
         let (adapter, vars) = adapter(&decoder);

@@ -5,7 +5,6 @@ use emaudit_train::finetune::Example;
 use emaudit_train::lora::Adapter;
 use emaudit_train::model::{self, Batch, Config, Decoder, LoadOptions, no_edit};
 use emaudit_train::quant::Storage;
-use emaudit_train::recipe::Compute;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -44,13 +43,8 @@ impl Golden {
     }
 }
 
-/// f32 on `device`.
-pub fn options(storage: Storage, device: &Device) -> LoadOptions {
-    LoadOptions { storage, device: device.clone(), compute: Compute::F32 }
-}
-
 pub fn load(folder: &Path, storage: Storage) -> anyhow::Result<Decoder> {
-    model::load(folder, &options(storage, &Device::Cpu))
+    model::load(folder, &LoadOptions::new(storage, &Device::Cpu))
 }
 
 pub fn tiny() -> Decoder {
@@ -58,7 +52,7 @@ pub fn tiny() -> Decoder {
 }
 
 pub fn tiny_on(device: &Device) -> Decoder {
-    model::load(&path("tiny"), &options(Storage::None, device)).unwrap()
+    model::load(&path("tiny"), &LoadOptions::new(Storage::None, device)).unwrap()
 }
 
 /// The first GPU; where there is none, that is said.

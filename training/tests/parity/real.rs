@@ -1,6 +1,8 @@
 //! Real models, those that are there: in `EMAUDIT_TEST_MODEL` or the cache folder of this user.
 
-use crate::fixture::{options, path, read_json, run};
+use crate::fixture::{path, read_json, run};
+use emaudit_train::chat::Message;
+use emaudit_train::model::LoadOptions;
 use emaudit_train::quant::Storage;
 use emaudit_train::{base, store};
 use sha2::{Digest, Sha256};
@@ -76,25 +78,41 @@ fn varied_texts() -> Vec<String> {
     texts
 }
 
-/// Token ids of all of them, by digest.
+/// The two chats of `make_fixtures.py`: a question, and an answer with something before and after it.
+fn chats(text: &str) -> [Vec<Message>; 2] {
+    let turns = [
+        Message::new("system", "Be brief."),
+        Message::user("Go on."),
+        Message::assistant(text),
+        Message::user("And then?"),
+    ];
+    [vec![Message::user(text)], turns.into()]
+}
+
+/// Token ids of all texts, as they are and in chats, by digest.
 fn same_tokens(model: &base::Base, golden: &serde_json::Value) {
-    let digests: Vec<String> = serde_json::from_value(golden["id_digests"].clone()).unwrap();
-    let texts = varied_texts();
-    assert_eq!(texts.len(), digests.len());
-    let mut differ = Vec::new();
-    for (text, expected) in texts.iter().zip(&digests) {
-        let ids = model.text.encode(text).unwrap();
-        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
-        let digest = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
-        if digest[..8] != **expected {
-            differ.push((text, ids));
+    let in_chats = |text: &str| chats(text).map(|chat| model.text.encode_prompt(&chat).unwrap()).concat();
+    let plain = |text: &str| model.text.encode(text).unwrap();
+    for (key, encode) in [("id_digests", &plain as &dyn Fn(&str) -> Vec<u32>), ("chat_digests", &in_chats)] {
+        let digests: Vec<String> = serde_json::from_value(golden[key].clone()).unwrap();
+        let texts = varied_texts();
+        assert_eq!(texts.len(), digests.len());
+        let mut differ = Vec::new();
+        for (text, expected) in texts.iter().zip(&digests) {
+            let ids = encode(text);
+            let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+            let digest = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
+            if digest[..8] != **expected {
+                differ.push((text, ids));
+            }
         }
+        assert!(differ.is_empty(), "{}: {key} of {} texts differ: {differ:?}", golden["model"], differ.len());
     }
-    assert!(differ.is_empty(), "{}: ids of {} texts differ: {differ:?}", golden["model"], differ.len());
 }
 
 fn compare(file: &Path, golden: &serde_json::Value) {
-    let model = base::load(file, "real", &options(Storage::None, &candle_core::Device::Cpu)).unwrap();
+    let model =
+        base::load(file, "real", &LoadOptions::new(Storage::None, &candle_core::Device::Cpu)).unwrap();
     same_tokens(&model, golden);
     let numbers = |v: &serde_json::Value| -> Vec<f64> { serde_json::from_value(v.clone()).unwrap() };
     let (mut worst_logit, mut worst_norm, mut compared) = (0f64, 0f64, 0);

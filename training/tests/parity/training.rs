@@ -432,3 +432,28 @@ fn the_memory_estimate_is_what_is_held() {
     let best = Finetune { patience: 1, evaluation_share: 0.1, gradient_accumulation: 2, ..recipe() };
     assert_eq!(estimate(&best).adapter, 3 * plain.adapter);
 }
+
+/// Families of one shape differ by what only they keep for backward: norms of queries and keys, what biased layers give
+/// before their bias, norms on the way out and logits before their cap.
+#[test]
+fn the_memory_estimate_knows_what_a_family_keeps() {
+    let recipe = recipe();
+    let rows = Rows::new(&examples(), &recipe, 7).unwrap();
+    let activations = |name: &str| {
+        let decoder = load(&path(&format!("families/{name}")), Storage::None).unwrap();
+        Estimate::new(&decoder, &rows, &recipe).activations
+    };
+    let mut longest: Vec<&Example> = rows.train.iter().collect();
+    longest.sort_by_key(|e| std::cmp::Reverse(e.ids.len()));
+    let tokens = recipe.batch * longest[0].ids.len();
+    longest.sort_by_key(|e| std::cmp::Reverse(e.targets()));
+    let targets: usize = longest.iter().cycle().take(recipe.batch).map(|e| e.targets()).sum();
+    let (hidden, queries, keys, intermediate, layers, vocabulary) = (32, 48, 24, 48, 3, 96);
+    let biased = queries + 2 * keys + hidden + 2 * intermediate + hidden;
+    for (name, per_token, capped) in
+        [("qwen3", queries + keys, 0), ("llama3", biased, 0), ("gemma2", 2 * hidden, targets * vocabulary)]
+    {
+        let more = 4 * (layers * tokens * per_token + capped);
+        assert_eq!(activations(name) - activations("mistral"), more, "{name}");
+    }
+}

@@ -1,7 +1,10 @@
 //! Arrays in files of other programs, `.npy` and safetensors: the header first, the numbers block by block.
 
+mod layers;
 mod npy;
 mod tensors;
+
+pub use layers::{Layout, layout};
 
 use emaudit::activations::Dtype;
 use emaudit::directions::open_regular;
@@ -15,7 +18,8 @@ use std::path::{Path, PathBuf};
 pub struct Array {
     path: PathBuf,
     file: File,
-    kind: Kind,
+    dtype: Dtype,
+    big_endian: bool,
     shape: Vec<usize>,
     /// Elements not yet read.
     left: usize,
@@ -24,8 +28,24 @@ pub struct Array {
 /// How one number is stored.
 #[derive(Clone, Copy)]
 struct Kind {
-    dtype: Dtype,
+    number: Number,
     big_endian: bool,
+}
+
+/// What one number is.
+#[derive(Clone, Copy)]
+enum Number {
+    Float(Dtype),
+    Integer { bytes: usize, signed: bool },
+}
+
+impl Number {
+    fn size(self) -> usize {
+        match self {
+            Number::Float(dtype) => dtype.size(),
+            Number::Integer { bytes, .. } => bytes,
+        }
+    }
 }
 
 /// What a header says of its array.
@@ -49,50 +69,83 @@ fn refuse(path: &Path, sentence: impl std::fmt::Display) -> Error {
     Error::InvalidArgument(format!("{}: {sentence}", path.display()))
 }
 
+/// Opens a file at the first number of its array, with the number of them.
+fn open(path: &Path, tensor: Option<&str>) -> Result<(File, Header, usize)> {
+    let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
+    let (mut file, size) = open_regular(path)?;
+    let mut start = Vec::new();
+    file.by_ref().take(9).read_to_end(&mut start).map_err(io("read"))?;
+    file.rewind().map_err(io("read"))?;
+    let header = if start.starts_with(npy::MAGIC) {
+        if let Some(name) = tensor {
+            return Err(refuse(path, format_args!("a .npy file has no tensor names; leave out {name:?}")));
+        }
+        npy::header(&mut file)
+    } else if start.get(8) == Some(&b'{') {
+        tensors::header(&mut file, tensor)
+    } else {
+        Err("this is neither a .npy nor a safetensors file".into())
+    };
+    let header = header.map_err(|sentence| refuse(path, sentence))?;
+    let end = header.begin.saturating_add(header.len);
+    if start.starts_with(npy::MAGIC) && end < size {
+        let sentence = format_args!(
+            "{} bytes follow the array that is announced; a .npy file holds one, save each in its own",
+            size - end
+        );
+        return Err(refuse(path, sentence));
+    }
+    let elements = header.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
+    let bytes = elements.and_then(|n| n.checked_mul(header.kind.number.size()));
+    let holds = bytes.is_some_and(|n| n as u64 == header.len) && end <= size;
+    if !holds {
+        let sentence = format_args!(
+            "an array of shape {:?} is announced, {} bytes of numbers are there; write the file again",
+            header.shape,
+            size.saturating_sub(header.begin).min(header.len)
+        );
+        return Err(refuse(path, sentence));
+    }
+    file.seek(SeekFrom::Start(header.begin)).map_err(io("read"))?;
+    Ok((file, header, elements.unwrap_or(0)))
+}
+
+/// `count` integers, none below 0: the array of a `.npy` file, or the tensor of a safetensors file.
+pub fn integers(path: &Path, tensor: Option<&str>, count: usize) -> Result<Vec<u64>> {
+    let (mut file, header, elements) = open(path, tensor)?;
+    let Number::Integer { bytes: size, signed } = header.kind.number else {
+        return Err(refuse(path, "its numbers are not integers; lengths are"));
+    };
+    if header.shape != [count] {
+        let sentence = format_args!("{count} lengths are needed, its shape is {:?}", header.shape);
+        return Err(refuse(path, sentence));
+    }
+    let mut bytes = room(elements * size).map_err(|sentence| refuse(path, sentence))?;
+    bytes.resize(elements * size, 0);
+    let io = |source| Error::Io { action: "read", path: path.to_owned(), source };
+    file.read_exact(&mut bytes).map_err(io)?;
+    let number = |bytes: &[u8]| {
+        let shift = |n: u64, b: &u8| n << 8 | u64::from(*b);
+        let number = if header.kind.big_endian {
+            bytes.iter().fold(0, shift)
+        } else {
+            bytes.iter().rev().fold(0, shift)
+        };
+        let negative = signed && number >> (8 * size - 1) == 1;
+        if negative { Err(refuse(path, "a length is below 0")) } else { Ok(number) }
+    };
+    bytes.chunks_exact(size).map(number).collect()
+}
+
 impl Array {
     /// Opens the array of a `.npy` file, or the tensor of a safetensors file; `tensor` may be left out where there is one.
     pub fn open(path: &Path, tensor: Option<&str>) -> Result<Array> {
-        let io = |action| move |source| Error::Io { action, path: path.to_owned(), source };
-        let (mut file, size) = open_regular(path)?;
-        let mut start = Vec::new();
-        file.by_ref().take(9).read_to_end(&mut start).map_err(io("read"))?;
-        file.rewind().map_err(io("read"))?;
-        let header = if start.starts_with(npy::MAGIC) {
-            if let Some(name) = tensor {
-                return Err(refuse(
-                    path,
-                    format_args!("a .npy file has no tensor names; leave out {name:?}"),
-                ));
-            }
-            npy::header(&mut file)
-        } else if start.get(8) == Some(&b'{') {
-            tensors::header(&mut file, tensor)
-        } else {
-            Err("this is neither a .npy nor a safetensors file".into())
+        let (file, header, elements) = open(path, tensor)?;
+        let Header { kind: Kind { number, big_endian }, shape, .. } = header;
+        let Number::Float(dtype) = number else {
+            return Err(refuse(path, "its numbers are integers; activations are floating-point numbers"));
         };
-        let header = header.map_err(|sentence| refuse(path, sentence))?;
-        let end = header.begin.saturating_add(header.len);
-        if start.starts_with(npy::MAGIC) && end < size {
-            let sentence = format_args!(
-                "{} bytes follow the array that is announced; a .npy file holds one, save each in its own",
-                size - end
-            );
-            return Err(refuse(path, sentence));
-        }
-        let elements = header.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
-        let bytes = elements.and_then(|n| n.checked_mul(header.kind.dtype.size()));
-        let holds = bytes.is_some_and(|n| n as u64 == header.len) && end <= size;
-        if !holds {
-            let sentence = format_args!(
-                "an array of shape {:?} is announced, {} bytes of numbers are there; write the file again",
-                header.shape,
-                size.saturating_sub(header.begin).min(header.len)
-            );
-            return Err(refuse(path, sentence));
-        }
-        file.seek(SeekFrom::Start(header.begin)).map_err(io("read"))?;
-        let (kind, shape, left) = (header.kind, header.shape, elements.unwrap_or(0));
-        Ok(Array { path: path.to_owned(), file, kind, shape, left })
+        Ok(Array { path: path.to_owned(), file, dtype, big_endian, shape, left: elements })
     }
 
     /// Lengths of the dimensions, outermost first.
@@ -102,7 +155,7 @@ impl Array {
 
     /// How the numbers are stored.
     pub fn dtype(&self) -> Dtype {
-        self.kind.dtype
+        self.dtype
     }
 
     /// A refusal that names this file.
@@ -113,8 +166,8 @@ impl Array {
     /// The next `elements` numbers, or as many as are left.
     pub fn read(&mut self, elements: usize) -> Result<Values> {
         let elements = elements.min(self.left);
-        let mut bytes = self.room(elements * self.kind.dtype.size())?;
-        bytes.resize(elements * self.kind.dtype.size(), 0);
+        let mut bytes = self.room(elements * self.dtype.size())?;
+        bytes.resize(elements * self.dtype.size(), 0);
         let io = |source| Error::Io { action: "read", path: self.path.clone(), source };
         self.file.read_exact(&mut bytes).map_err(io)?;
         self.left -= elements;
@@ -131,7 +184,7 @@ impl Array {
     }
 
     fn decode(&self, bytes: &[u8]) -> Result<Values> {
-        let Kind { dtype, big_endian } = self.kind;
+        let (dtype, big_endian) = (self.dtype, self.big_endian);
         let halves = || {
             let pairs = bytes.as_chunks::<2>().0.iter();
             pairs.map(|b| if big_endian { u16::from_be_bytes(*b) } else { u16::from_le_bytes(*b) })

@@ -1,6 +1,6 @@
 //! The header of a `.npy` file: a Python dictionary of three keys in a fixed spelling.
 
-use super::{Header, Kind};
+use super::{Header, Kind, Number};
 use emaudit::activations::Dtype;
 use serde::Deserialize;
 use std::io::Read;
@@ -42,28 +42,40 @@ pub fn header(file: &mut impl Read) -> Result<Header, String> {
         return Err("it is in Fortran order; save numpy.ascontiguousarray(a)".into());
     }
     let kind = kind(&read.descr)?;
-    let elements = read.shape.iter().try_fold(kind.dtype.size() as u64, |n, d| n.checked_mul(*d as u64));
+    let elements = read.shape.iter().try_fold(kind.number.size() as u64, |n, d| n.checked_mul(*d as u64));
     let len = elements.ok_or_else(|| format!("its shape {:?} is impossible", read.shape))?;
     Ok(Header { kind, shape: read.shape, begin: (8 + prefix + length) as u64, len })
 }
 
 fn kind(descr: &str) -> Result<Kind, String> {
-    let (dtype, big_endian) = match descr {
-        "<f4" => (Dtype::F32, false),
-        ">f4" => (Dtype::F32, true),
-        "<f2" => (Dtype::F16, false),
-        ">f2" => (Dtype::F16, true),
-        "<f8" | ">f8" => {
+    let (order, stored) = descr.split_at_checked(1).unwrap_or_default();
+    let number = match stored {
+        "f4" => Number::Float(Dtype::F32),
+        "f2" => Number::Float(Dtype::F16),
+        "i1" | "i2" | "i4" | "i8" | "u1" | "u2" | "u4" | "u8" => Number::Integer {
+            bytes: usize::from(stored.as_bytes()[1] - b'0'),
+            signed: stored.starts_with('i'),
+        },
+        "f8" => {
             return Err(
                 "its numbers are float64; save a.astype('float32'), so that the rounding is yours".into()
             );
         }
-        "|V2" | "<V2" => {
+        "V2" => {
             return Err("numpy has no bfloat16, these are bytes; save as float32 or as safetensors".into());
         }
-        other => return Err(format!("its numbers are {other:?}; float32 and float16 can be read")),
+        _ => return Err(format!("its numbers are {descr:?}; float32 and float16 can be read")),
     };
-    Ok(Kind { dtype, big_endian })
+    match order {
+        "<" | ">" => {}
+        "|" if number.size() == 1 => {}
+        _ => {
+            return Err(format!(
+                "its numbers are {descr:?}, without an order of bytes; save them again with numpy"
+            ));
+        }
+    }
+    Ok(Kind { number, big_endian: order == ">" })
 }
 
 /// The dictionary as JSON. No string in a header that passes has quotes, brackets or commas in it.

@@ -1,6 +1,6 @@
 //! The header of a safetensors file, and one tensor of it.
 
-use super::{Header, Kind};
+use super::{Header, Kind, Number};
 use emaudit::activations::Dtype;
 use safetensors::tensor::{Dtype as Stored, Metadata};
 use std::io::Read;
@@ -33,16 +33,25 @@ pub fn header(file: &mut impl Read, tensor: Option<&str>) -> Result<Header, Stri
     let info = metadata
         .info(name)
         .ok_or_else(|| format!("it has no tensor {name:?}; there are: {}", listed(&names)))?;
-    let dtype = match info.dtype {
-        Stored::F32 => Dtype::F32,
-        Stored::F16 => Dtype::F16,
-        Stored::BF16 => Dtype::Bf16,
+    let integer = |bytes, signed| Number::Integer { bytes, signed };
+    let number = match info.dtype {
+        Stored::F32 => Number::Float(Dtype::F32),
+        Stored::F16 => Number::Float(Dtype::F16),
+        Stored::BF16 => Number::Float(Dtype::Bf16),
+        Stored::I8 => integer(1, true),
+        Stored::U8 => integer(1, false),
+        Stored::I16 => integer(2, true),
+        Stored::U16 => integer(2, false),
+        Stored::I32 => integer(4, true),
+        Stored::U32 => integer(4, false),
+        Stored::I64 => integer(8, true),
+        Stored::U64 => integer(8, false),
         other => {
             return Err(format!("tensor {name:?} is {other:?}; F32, F16 and BF16 can be read"));
         }
     };
     let (begin, end) = info.data_offsets;
-    let kind = Kind { dtype, big_endian: false };
+    let kind = Kind { number, big_endian: false };
     let begin_in_file = bytes.len() as u64 + begin as u64;
     Ok(Header { kind, shape: info.shape.clone(), begin: begin_in_file, len: (end - begin) as u64 })
 }

@@ -1,0 +1,230 @@
+//! Many rows, many directions: which of them share a load, in which order memory is read.
+
+use super::generic::{Memory, UNROLL, load_part, reduce, tile, total};
+use crate::activations::Element;
+use std::ops::Range;
+
+/// Rows that [`dots`] takes together where there is one direction: read side by side they keep memory busy.
+pub(super) const SIDE_BY_SIDE: usize = 4;
+/// Rows that [`dots`] takes together where there are several: with four directions and one accumulator of each pair
+/// they fill 32 registers.
+pub(super) const ROWS: usize = 6;
+/// Directions whose sums are kept at once, and the columns in which they are made: the directions' part of a block
+/// stays in the first cache while all rows pass.
+const DIRECTIONS: usize = 8;
+const BLOCK: usize = 1024;
+
+/// Every row with every direction: `out[r * directions.len() + d]`. Fetches the rows to come in `next`.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Rows and directions have the same length; `out` has `rows.len() * directions.len()` elements.
+#[inline(always)]
+pub(super) unsafe fn dots<V, T>(rows: &[&[T]], directions: &[&[f32]], next: &[&[T]], out: &mut [f32])
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let count = directions.len();
+    let mut done = 0;
+    // SAFETY: all lengths are `width`; `done` stays within `rows`.
+    unsafe {
+        if count == 1 {
+            while V::REGISTERS >= 32 && done + SIDE_BY_SIDE <= rows.len() {
+                let (rows, out) = (&rows[done..], &mut out[done..]);
+                columns::<V, T, SIDE_BY_SIDE, 1>(rows, directions, 0, out);
+                done += SIDE_BY_SIDE;
+            }
+            for r in done..rows.len() {
+                out[r] = reduce::<V, T, true, false>(rows[r], directions[0], None).0;
+            }
+            return;
+        }
+        while V::REGISTERS >= 32 && done + ROWS <= rows.len() {
+            let next = if done == 0 { next } else { &[] };
+            grid::<V, T>(&*rows.as_ptr().add(done).cast(), directions, next, &mut out[done * count..]);
+            done += ROWS;
+        }
+        for (row, out) in rows[done..].iter().zip(out[done * count..].chunks_exact_mut(count)) {
+            let (row, mut done) = (std::slice::from_ref(row), 0);
+            while done < count {
+                if V::REGISTERS >= 32 && done + 4 <= count {
+                    columns::<V, T, 1, 4>(row, directions, done, out);
+                    done += 4;
+                } else if V::REGISTERS >= 16 && done + 2 <= count {
+                    columns::<V, T, 1, 2>(row, directions, done, out);
+                    done += 2;
+                } else {
+                    out[done] = reduce::<V, T, true, false>(row[0], directions[done], None).0;
+                    done += 1;
+                }
+            }
+        }
+    }
+}
+
+/// [`ROWS`] rows with every direction, block by block of columns: each time over a block adds to one accumulator of every
+/// pair, so that a load serves four or six products.
+///
+/// # Safety
+/// As for [`dots`].
+#[inline(always)]
+unsafe fn grid<V, T>(rows: &[&[T]; ROWS], directions: &[&[f32]], next: &[&[T]], out: &mut [f32])
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (width, count) = (rows[0].len(), directions.len());
+    let mut h = [std::ptr::null(); ROWS];
+    for r in 0..ROWS {
+        h[r] = rows[r].as_ptr();
+    }
+    let mut first = 0;
+    while first < count {
+        let some = DIRECTIONS.min(count - first);
+        let shift = (UNROLL * (some / 4 + some % 4)).next_power_of_two().ilog2();
+        let mut u = [std::ptr::null(); DIRECTIONS];
+        for d in 0..some {
+            u[d] = directions[first + d].as_ptr();
+        }
+        // SAFETY: `d` stays within `some`, blocks within `width`.
+        unsafe {
+            let mut sums = [[[V::splat(0.0); UNROLL]; ROWS]; DIRECTIONS];
+            let mut from = 0;
+            while from < width {
+                let columns = from..width.min(from + BLOCK);
+                let mut later = Later { rows: if first == 0 { next } else { &[] }, part: 0, shift };
+                let mut d = 0;
+                while d + 4 <= some {
+                    let u = [u[d], u[d + 1], u[d + 2], u[d + 3]];
+                    block::<V, T, 4>(h, u, columns.clone(), &mut sums[d..], &mut later);
+                    d += 4;
+                }
+                while d < some {
+                    block::<V, T, 1>(h, [u[d]], columns.clone(), &mut sums[d..], &mut later);
+                    d += 1;
+                }
+                from = columns.end;
+            }
+            for r in 0..ROWS {
+                for d in 0..some {
+                    out[r * count + first + d] = total(sums[d][r]);
+                }
+            }
+        }
+        first += some;
+    }
+}
+
+/// The rows to come, of which every time over a block fetches a part.
+struct Later<'a, T> {
+    rows: &'a [&'a [T]],
+    part: usize,
+    /// There are at most `2^shift` parts.
+    shift: u32,
+}
+
+impl<T> Later<'_, T> {
+    /// Where the next part of each row's `columns` begins, or nothing where they do not all have them.
+    #[inline(always)]
+    fn next_part(&mut self, columns: &Range<usize>) -> Option<[*const u8; ROWS]> {
+        let offset = ((columns.len() * size_of::<T>()) >> self.shift) * self.part;
+        self.part += 1;
+        let mut parts = [std::ptr::null(); ROWS];
+        for (part, row) in parts.iter_mut().zip(self.rows) {
+            *part = row.get(columns.start..)?.as_ptr().cast::<u8>().wrapping_add(offset);
+        }
+        if self.rows.len() == ROWS { Some(parts) } else { None }
+    }
+}
+
+/// One block of columns of [`ROWS`] rows with `D` directions, added to their accumulators, each chunk to its own.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Rows and directions reach to the end of `columns`, which begin at a multiple of `UNROLL * LANES`.
+#[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "closures would be compiled without the wrapper's instructions"
+)]
+unsafe fn block<V, T, const D: usize>(
+    rows: [*const T; ROWS],
+    directions: [*const f32; D],
+    columns: Range<usize>,
+    sums: &mut [[[V; UNROLL]; ROWS]],
+    later: &mut Later<'_, T>,
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    assert!(sums.len() >= D);
+    // SAFETY: `at + count <= columns.end` at every access.
+    unsafe {
+        for k in 0..UNROLL {
+            let ahead = later.next_part(&columns);
+            let mut own = [[V::splat(0.0); ROWS]; D];
+            let mut y = [V::splat(0.0); D];
+            for d in 0..D {
+                for r in 0..ROWS {
+                    own[d][r] = sums[d][r][k];
+                }
+            }
+            let mut at = columns.start + k * V::LANES;
+            while at < columns.end {
+                let count = V::LANES.min(columns.end - at);
+                let fetched = ((at - columns.start) * size_of::<T>()) >> later.shift;
+                if let Some(ahead) = ahead {
+                    for r in 0..ROWS {
+                        V::prefetch(ahead[r].wrapping_add(fetched));
+                    }
+                }
+                for d in 0..D {
+                    y[d] = load_part::<V, f32>(directions[d].add(at), count);
+                }
+                for r in 0..ROWS {
+                    let x = load_part::<V, T>(rows[r].add(at), count);
+                    for d in 0..D {
+                        own[d][r] = x.multiply_add(y[d], own[d][r]);
+                    }
+                }
+                at += UNROLL * V::LANES;
+            }
+            for d in 0..D {
+                for r in 0..ROWS {
+                    sums[d][r][k] = own[d][r];
+                }
+            }
+        }
+    }
+}
+
+/// The tile of `R` rows and the `D` directions from `first` on.
+///
+/// # Safety
+/// As for [`dots`]; there are `R` rows and at least `first + D` directions.
+#[inline(always)]
+unsafe fn columns<V, T, const R: usize, const D: usize>(
+    rows: &[&[T]],
+    directions: &[&[f32]],
+    first: usize,
+    out: &mut [f32],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (mut h, mut u) = ([std::ptr::null(); R], [std::ptr::null(); D]);
+    for r in 0..R {
+        h[r] = rows[r].as_ptr();
+    }
+    for d in 0..D {
+        u[d] = directions[first + d].as_ptr();
+    }
+    // SAFETY: passed on to the caller.
+    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), None) };
+    for r in 0..R {
+        for d in 0..D {
+            out[r * directions.len() + first + d] = found[r][d];
+        }
+    }
+}
