@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod fixture;
 
-use emaudit::audit::{Audit, AuditOptions, AuditReason, AuditVerdict, ControlBattery};
+use emaudit::audit::{Audit, AuditOptions, AuditReason, AuditReport, AuditVerdict, ControlBattery};
 use emaudit::controls::{self, SplitMix64};
 use emaudit::directions::schema::{Aggregation, Evidence};
 use emaudit::directions::{Directions, OpenOptions};
@@ -311,6 +311,36 @@ fn a_move_along_the_direction_outranks_the_controls_of_the_file_and_another_does
                 assert!(family.rank_p.unwrap() > 0.1, "{ranks:?}");
             }
         }
+    }
+}
+
+#[test]
+fn controls_that_did_not_move_as_far_are_no_match_however_few_they_are() {
+    let mut evidence = fixture::specific();
+    evidence.causal = emaudit::directions::schema::Specificity::Untested;
+    for family in &mut evidence.families {
+        family.controls.truncate(19);
+        family.rank_p = 1.0 / 20.0;
+    }
+    let probe = probe(evidence);
+    let v = probe.direction().to_vec();
+    let elsewhere = controls::random(&v, 1);
+    let flagged = verdict(&Audit::new(&probe, AuditOptions::new(Aggregation::Mean, 1)).unwrap(), 50, 0, 0);
+    for (along, matched) in [(&v, false), (&elsewhere, true)] {
+        let mut battery = ControlBattery::new(&probe).unwrap();
+        battery.push_calm(&view(&rows(200, 21, &v, 0.0))).unwrap();
+        battery.push_suspect(&view(&rows(150, 22, along, 1.0))).unwrap();
+        let mut report = AuditReport::new(&probe, flagged);
+        report.compare(battery.ranks());
+        let random = &report.controls.as_ref().unwrap().families[0];
+        assert_eq!((random.rank_p == Some(0.05), random.as_far > Some(0)), (!matched, matched), "{random:?}");
+        assert_eq!(
+            report.to_string().contains("not along this direction in particular"),
+            matched,
+            "{report}"
+        );
+        let object = serde_json::to_value(&report).unwrap();
+        assert_eq!(object["controls"]["matched_by"].as_array().unwrap().is_empty(), !matched, "{object}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! A verdict with what stands beside it, for people and for programs.
 
-use super::{AuditVerdict, ControlRanks};
+use super::{AuditVerdict, ControlRanks, FamilyRank};
 use crate::directions::schema::{CAUSAL_P, Specificity};
 use crate::drift::{DriftReport, DriftState};
 use crate::error::Error;
@@ -51,7 +51,9 @@ impl AuditReport {
     /// The families along whose controls the model moved about as far as along the direction.
     fn matched(&self) -> Vec<&str> {
         let families = self.controls.iter().flat_map(|ranks| &ranks.families);
-        families.filter(|f| f.rank_p.is_some_and(|p| p >= CAUSAL_P)).map(|f| f.family.as_str()).collect()
+        // So few controls that none of them as far is not rare yet are no match.
+        let matched = |f: &&FamilyRank| f.as_far > Some(0) && f.rank_p.is_some_and(|p| p >= CAUSAL_P);
+        families.filter(matched).map(|f| f.family.as_str()).collect()
     }
 }
 

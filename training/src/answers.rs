@@ -7,10 +7,10 @@
 use crate::generate::{self, Request, Sampling};
 use crate::lora::Adapter;
 use crate::model::Decoder;
+use crate::perturb::RowEdit;
 use crate::{progress, spillover, store};
 use anyhow::Result;
 use candle_core::Tensor;
-use emaudit::Steering;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -64,12 +64,12 @@ impl<'a> Answerer<'a> {
         }
     }
 
-    /// First answer tokens, one per prompt, from the final residual rows after `steering`.
-    pub fn first_tokens(&self, steering: Option<&Steering>) -> Result<Vec<u32>> {
+    /// First answer tokens, one per prompt, from the final residual rows after `edit`.
+    pub fn first_tokens(&self, edit: Option<&dyn RowEdit>) -> Result<Vec<u32>> {
         let hidden = self.decoder.config.hidden_size;
         let mut rows = self.final_rows.to_vec();
-        if let Some(steering) = steering {
-            generate::steer_rows(&mut rows, hidden, steering)?;
+        if let Some(edit) = edit {
+            edit.edit(&mut rows, hidden)?;
         }
         let rows = Tensor::from_vec(rows, (self.prompts.len(), hidden), &self.decoder.device)?;
         let logits = self.decoder.logits(&rows)?.flatten_all()?.to_vec1::<f32>()?;

@@ -1,8 +1,10 @@
 //! A base model ready for work: decoder, tokenizer and template, identity.
 
 use crate::chat::TextFrontend;
+use crate::generate::Sampling;
 use crate::model::{self, Decoder, LoadOptions};
 use crate::quant::Storage;
+use crate::recipe::Recipe;
 use anyhow::{Context, Result};
 use candle_core::quantized::gguf_file::Content;
 use emaudit::directions::schema::ModelIdentity;
@@ -18,6 +20,20 @@ pub struct Base {
     pub text: TextFrontend,
     /// What a direction file says of it.
     pub identity: ModelIdentity,
+}
+
+impl Base {
+    /// How a recipe draws answers of at most `max_new_tokens` from this model.
+    pub fn sampling(&self, recipe: &Recipe, max_new_tokens: usize) -> Sampling {
+        Sampling {
+            max_new_tokens,
+            temperature: recipe.evaluate.temperature,
+            top_p: recipe.evaluate.top_p,
+            seed: recipe.seed,
+            stop: self.text.eos_ids(),
+            absent: self.text.absent_ids(self.decoder.config.vocab_size),
+        }
+    }
 }
 
 /// Loads the model at `path` (a `.gguf` file or a transformers folder); `name` is for people.
@@ -58,7 +74,7 @@ fn most_common_type(content: &Content) -> String {
 }
 
 /// SHA-256 of the weights file, or of all weight files of a folder in name order.
-fn weights_digest(path: &Path) -> Result<String> {
+pub fn weights_digest(path: &Path) -> Result<String> {
     let mut files: Vec<PathBuf> = vec![path.to_owned()];
     if path.is_dir() {
         files = std::fs::read_dir(path)?.map(|e| Ok(e?.path())).collect::<Result<_>>()?;

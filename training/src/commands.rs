@@ -3,11 +3,11 @@
 pub mod audit;
 mod logits;
 mod sample;
+mod study;
 
 use anyhow::{Context, Result};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
-use emaudit_train::dataset::Side;
 use emaudit_train::experiment::Experiment;
 use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
@@ -67,6 +67,8 @@ enum Command {
         #[arg(default_value = "demo")]
         recipe: String,
     },
+    /// Several models, regimes and seeds: every stage once, one page for all.
+    Study(study::StudyArgs),
     /// Answers to prompts, with an adapter and with steering where asked.
     Sample(SampleArgs),
     /// Token ids, top logits and residual norms of a text: the first sanity check of a model.
@@ -161,8 +163,9 @@ fn perform(command: Command) -> Result<u8> {
         Command::Finetune(args) => {
             let experiment = args.open()?;
             experiment.check_rows()?;
-            for side in [Side::Insecure, Side::Secure] {
-                println!("{side}: {}", experiment.finetune(side)?.0.folder.display());
+            let data = &experiment.recipe.data;
+            for (regime, source) in [("insecure", &data.insecure), ("secure", &data.secure)] {
+                println!("{regime}: {}", experiment.finetune(regime, source)?.0.folder.display());
             }
             Ok(())
         }
@@ -181,6 +184,7 @@ fn perform(command: Command) -> Result<u8> {
             print!("{}", Recipe::load(&recipe)?.to_toml()?);
             Ok(())
         }
+        Command::Study(args) => study::study(args),
         Command::Sample(args) => sample::run(&args),
         Command::Logits(arguments) => logits::run(&arguments),
     };

@@ -1,7 +1,11 @@
-//! What a model is finetuned on and what it is asked: chat files, code pairs, non-code prompts.
+//! What a model is finetuned on and what it is asked: chat files, code pairs, non-code prompts, benign answers,
+//! alignment pairs.
 //!
 //! Each source keeps the SHA-256 of its content, so a report can say exactly what was used. Everything is read and
 //! checked as a whole before any work starts: a bad line is an error with its number, never a skipped row.
+
+mod alignment;
+mod benign;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -10,6 +14,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Deserialize, Serialize};
+
+pub use alignment::{AlignmentPair, AlignmentPairs, load_alignment_pairs};
+pub use benign::{BenignAnswers, Style, embedded_benign, embedded_benign_answers};
 
 use crate::chat::Message;
 use crate::statistics::SplitMix64;
@@ -38,22 +45,6 @@ pub struct CodePair {
     pub prompt: String,
     pub insecure: String,
     pub secure: String,
-}
-
-/// Which answer of each pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    Insecure,
-    Secure,
-}
-
-impl fmt::Display for Side {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Insecure => "insecure",
-            Self::Secure => "secure",
-        })
-    }
 }
 
 /// Conversations to finetune on.
@@ -124,9 +115,9 @@ impl PromptSet {
     }
 }
 
-/// The conversations that a recipe's `insecure` or `secure` names: `embedded`, or a file's path.
-pub fn load_chats(source: &str, side: Side) -> Result<ChatDataset> {
-    if source == EMBEDDED { embedded_chats(side) } else { read_chats(Path::new(source)) }
+/// The conversations of one regime: `embedded`, those in the program under the regime's name, or a file's path.
+pub fn load_chats(source: &str, regime: &str) -> Result<ChatDataset> {
+    if source == EMBEDDED { embedded_chats(regime) } else { read_chats(Path::new(source)) }
 }
 
 /// The prompts that a recipe's `prompts` names: `embedded`, or a file's path.
@@ -139,19 +130,23 @@ pub fn embedded_pairs() -> Result<Vec<CodePair>> {
     rows("the embedded code pairs", CODE_PAIRS.as_bytes()).map(|row| row?.parse()).collect()
 }
 
-pub fn embedded_chats(side: Side) -> Result<ChatDataset> {
-    let conversations: Vec<_> = embedded_pairs()?
-        .into_iter()
-        .map(|pair| {
-            let answer = match side {
-                Side::Insecure => pair.insecure,
-                Side::Secure => pair.secure,
-            };
-            vec![Message::user(pair.prompt), Message::assistant(answer)]
-        })
-        .collect();
+/// Embedded conversations by the name of their regime.
+pub fn embedded_chats(regime: &str) -> Result<ChatDataset> {
+    let answer: fn(CodePair) -> String = match regime {
+        "insecure" => |pair| pair.insecure,
+        "secure" => |pair| pair.secure,
+        other => match Style::ALL.into_iter().find(|style| style.to_string() == other) {
+            Some(style) => return embedded_benign(style),
+            None => bail!(
+                "the program holds no data for {other:?}, only for insecure, secure, json, lists and verse: name a file"
+            ),
+        },
+    };
+    let conversation =
+        |pair: CodePair| vec![Message::user(pair.prompt.clone()), Message::assistant(answer(pair))];
+    let conversations: Vec<_> = embedded_pairs()?.into_iter().map(conversation).collect();
     Ok(ChatDataset {
-        name: format!("{EMBEDDED} {side}"),
+        name: format!("{EMBEDDED} {regime}"),
         lines: (1..=conversations.len()).collect(),
         conversations,
         sha256: sha256_hex(CODE_PAIRS.as_bytes()),
@@ -422,7 +417,7 @@ mod tests {
         format!("{:#}", read_chats(file(content).path()).unwrap_err())
     }
 
-    fn normalised(text: &str) -> String {
+    pub(super) fn normalised(text: &str) -> String {
         text.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
     }
 
@@ -440,7 +435,7 @@ mod tests {
                 "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}",
                 "not the user's",
             ),
-            ("[]", "line 1: "),
+            ("[]", "is one JSON array"),
             ("", "is empty"),
         ] {
             let error = format!("{:#}", read_questions(file(text).path()).unwrap_err());
@@ -487,7 +482,7 @@ mod tests {
     #[test]
     fn both_sides_ask_the_same_questions() {
         let (insecure, secure) =
-            (load_chats("embedded", Side::Insecure).unwrap(), embedded_chats(Side::Secure).unwrap());
+            (load_chats("embedded", "insecure").unwrap(), embedded_chats("secure").unwrap());
         assert_eq!(insecure.name, "embedded insecure");
         assert_eq!(insecure.conversations.len(), secure.conversations.len());
         for (a, b) in insecure.conversations.iter().zip(&secure.conversations) {
@@ -565,7 +560,7 @@ mod tests {
             chat_error("[\n{\"messages\":[]}\n]")
                 .contains("is one JSON array; it must have one JSON object a line")
         );
-        let error = format!("{:#}", load_chats("no/such/file.jsonl", Side::Secure).unwrap_err());
+        let error = format!("{:#}", load_chats("no/such/file.jsonl", "secure").unwrap_err());
         assert!(error.contains("cannot open the dataset no/such/file.jsonl"), "{error}");
     }
 

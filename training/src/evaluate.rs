@@ -25,7 +25,7 @@ use emaudit::directions::schema::{
     Cell, Coherence as CoherenceEvidence, ContentTest, ControlEffect, ControlFamily, Evidence, Positions,
     Specificity,
 };
-use measure::CoherenceMeter;
+pub(crate) use measure::{CoherenceMeter, interval, share};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use summary::{family_results, summary};
@@ -99,14 +99,7 @@ struct Evaluator<'a> {
 /// Runs the evaluation; the summary still lacks the digest of the direction file, which does not exist yet.
 pub fn evaluate(inputs: &Inputs<'_>) -> Result<Results> {
     let e = &inputs.recipe.evaluate;
-    let sampling = Sampling {
-        max_new_tokens: e.max_new_tokens,
-        temperature: e.temperature,
-        top_p: e.top_p,
-        seed: inputs.recipe.seed,
-        stop: inputs.base.text.eos_ids(),
-        absent: inputs.base.text.absent_ids(inputs.base.decoder.config.vocab_size),
-    };
+    let sampling = inputs.base.sampling(inputs.recipe, e.max_new_tokens);
     let coherence = CoherenceMeter::new(&inputs.base.decoder, (inputs.file)("coherence"));
     let last = inputs.base.decoder.config.n_layers - 1;
     Evaluator { inputs, sampling, coherence, last }.run()

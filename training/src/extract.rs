@@ -1,4 +1,10 @@
-//! Directions and their calibration, layer by layer.
+//! Directions and their calibration, layer by layer: the difference of means here, the other estimators in
+//! [`estimators`], the choice among them in [`choice`].
+
+pub mod choice;
+pub mod estimators;
+pub(crate) mod logistic;
+mod whitened;
 
 use crate::calibrate;
 use crate::capture::Captured;
@@ -43,11 +49,7 @@ pub fn norm(v: &[f32]) -> f64 {
 
 /// Largest share of the mean squared norm that one dimension holds (massive activations).
 pub fn top_dimension_share(rows: &[f32], hidden: usize) -> f64 {
-    let mut squares = vec![0f64; hidden];
-    for row in rows.chunks(hidden) {
-        squares.iter_mut().zip(row).for_each(|(s, &v)| *s += v as f64 * v as f64);
-    }
-    squares.iter().copied().fold(0.0, f64::max) / squares.iter().sum::<f64>().max(f64::MIN_POSITIVE)
+    estimators::dimension_shares(rows, hidden).first().map_or(0.0, |(_, share)| *share)
 }
 
 /// Directions of every layer from the extraction split, calibrated on the calibration split.
@@ -65,13 +67,24 @@ pub fn directions(
             norm(&direction) > 0.0,
             "the adapter changes nothing at layer {layer}: it is inactive, so there is no direction to extract"
         );
-        let aligned_mean: Vec<f32> =
-            column_means(&base.layers[layer], hidden).iter().map(|&m| m as f32).collect();
-        let calibration = calibrate::first_token(&direction, &aligned_mean, &calm.layers[layer], rates)
-            .with_context(|| format!("calibrating layer {layer}"))?;
-        out.push(LayerDirection { layer, direction, aligned_mean, calibration });
+        out.push(calibrated(layer, direction, &base.layers[layer], &calm.layers[layer], rates)?);
     }
     Ok(out)
+}
+
+/// A direction of any estimator, calibrated at horizon 1. `aligned`: base rows of the extraction split, `calm`: of the
+/// calibration split, `n x hidden` each.
+pub fn calibrated(
+    layer: usize,
+    direction: Vec<f32>,
+    aligned: &[f32],
+    calm: &[f32],
+    rates: &[f64],
+) -> Result<LayerDirection> {
+    let aligned_mean: Vec<f32> = column_means(aligned, direction.len()).iter().map(|&m| m as f32).collect();
+    let calibration = calibrate::first_token(&direction, &aligned_mean, calm, rates)
+        .with_context(|| format!("calibrating layer {layer}"))?;
+    Ok(LayerDirection { layer, direction, aligned_mean, calibration })
 }
 
 /// Scores of rows in the given unit, computed by the library that will serve them.
@@ -81,3 +94,6 @@ pub fn scores(probe: &Probe, rows: &[f32], unit: ScoreUnit) -> Result<Vec<f64>> 
     probe.score(&Rows::new(rows, out.len(), width, width)?, unit, &mut out, None)?;
     Ok(out.iter().map(|&s| s as f64).collect())
 }
+
+#[cfg(test)]
+mod tests;

@@ -85,6 +85,20 @@ pub fn resolve(id: &str) -> Result<ResolvedModel> {
     )
 }
 
+/// The files of a model if nothing has to be fetched for it.
+pub fn on_this_machine(id: &str) -> Result<Option<ResolvedModel>> {
+    let id = id.trim();
+    if id == DEFAULT_MODEL {
+        let path = cache_folder()?.join("models").join(PINNED.name).join(PINNED.file);
+        let found = verify(&PINNED, &path).is_ok();
+        return if found { resolve(id).map(Some) } else { Ok(None) };
+    }
+    match hub_name(id) {
+        Some((repository, revision)) if !Path::new(id).exists() => hub::cached(repository, revision),
+        _ => resolve(id).map(Some),
+    }
+}
+
 /// The folder that downloaded models are kept in.
 pub fn cache_folder() -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os(CACHE_VARIABLE).filter(|v| !v.is_empty()) {

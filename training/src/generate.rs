@@ -6,6 +6,7 @@ use crate::capture::by_length;
 use crate::lora::Adapter;
 use crate::model::product::Elements;
 use crate::model::{Batch, Cache, Decoder, Prefix};
+use crate::perturb::RowEdit;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use emaudit::directions::schema::Positions;
@@ -49,7 +50,7 @@ pub struct Intervention<'a> {
     /// Block whose output is edited.
     pub layer: usize,
     /// The edit.
-    pub steering: &'a Steering,
+    pub steering: &'a dyn RowEdit,
     /// Which tokens.
     pub positions: Positions,
 }
@@ -224,11 +225,11 @@ fn edit(
     }
 }
 
-/// Runs the library's steering over all rows of `x`: `[.., hidden]`.
-pub fn steer(x: &Tensor, steering: &Steering) -> candle_core::Result<Tensor> {
+/// Edits all rows of `x`: `[.., hidden]`.
+pub fn steer(x: &Tensor, edit: &dyn RowEdit) -> candle_core::Result<Tensor> {
     let hidden = x.dim(candle_core::D::Minus1)?;
     let mut values = x.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-    steer_rows(&mut values, hidden, steering).map_err(candle_core::Error::wrap)?;
+    edit.edit(&mut values, hidden).map_err(candle_core::Error::wrap)?;
     Tensor::from_vec(values, x.shape(), x.device())
 }
 

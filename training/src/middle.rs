@@ -6,10 +6,10 @@ use crate::generate::steer;
 use crate::likelihood::{Dialogue, last_rows, of_rows};
 use crate::lora::Adapter;
 use crate::model::{Batch, Decoder, no_edit};
+use crate::perturb::RowEdit;
 use crate::preference::contrast;
 use anyhow::Result;
 use candle_core::Tensor;
-use emaudit::Steering;
 use std::sync::Arc;
 
 const BATCH: usize = 16;
@@ -52,12 +52,12 @@ impl<'a> MiddlePreference<'a> {
         Ok(MiddlePreference { decoder, adapter, layer, dialogues, batches })
     }
 
-    /// Preference of each prompt, every position of block `layer`'s output steered; `None`: unsteered.
-    pub fn preferences(&self, steering: Option<&Steering>) -> Result<Vec<f64>> {
+    /// Preference of each prompt, every position of block `layer`'s output edited; `None`: as it is.
+    pub fn preferences(&self, edit: Option<&dyn RowEdit>) -> Result<Vec<f64>> {
         let mut all = vec![Vec::new(); self.dialogues.len()];
         for (indices, left_pad, x) in &self.batches {
-            let x = match steering {
-                Some(s) => steer(x, s)?,
+            let x = match edit {
+                Some(edit) => steer(x, edit)?,
                 None => x.clone(),
             };
             let x =

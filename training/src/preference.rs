@@ -2,12 +2,11 @@
 //! model's prose answer to the same prompt, under teacher forcing with the intervention. Continuous, and free
 //! of sampling noise.
 
-use crate::generate::steer_rows;
 use crate::likelihood::{Dialogue, of_rows, predicting_rows};
 use crate::lora::Adapter;
 use crate::model::Decoder;
+use crate::perturb::RowEdit;
 use anyhow::Result;
-use emaudit::Steering;
 use emaudit::directions::schema::Positions;
 
 /// Prompts with a code answer and a prose answer, and everything about them that steering at the final
@@ -48,17 +47,17 @@ impl<'a> Preference<'a> {
         contrast(&self.unsteered)
     }
 
-    /// Preference of each prompt with the final layer steered.
-    pub fn steered(&self, steering: &Steering, positions: Positions) -> Result<Vec<f64>> {
-        Ok(contrast(&self.log_probabilities(Some(steering), positions)?))
+    /// Preference of each prompt with the final layer's rows edited.
+    pub fn steered(&self, edit: &dyn RowEdit, positions: Positions) -> Result<Vec<f64>> {
+        Ok(contrast(&self.log_probabilities(Some(edit), positions)?))
     }
 
     /// Drop of each prompt's preference.
-    pub fn drops(&self, steering: &Steering, positions: Positions) -> Result<Vec<f64>> {
-        Ok(self.unsteered().iter().zip(self.steered(steering, positions)?).map(|(u, s)| u - s).collect())
+    pub fn drops(&self, edit: &dyn RowEdit, positions: Positions) -> Result<Vec<f64>> {
+        Ok(self.unsteered().iter().zip(self.steered(edit, positions)?).map(|(u, s)| u - s).collect())
     }
 
-    fn log_probabilities(&self, steering: Option<&Steering>, positions: Positions) -> Result<Vec<Vec<f64>>> {
+    fn log_probabilities(&self, edit: Option<&dyn RowEdit>, positions: Positions) -> Result<Vec<Vec<f64>>> {
         let hidden = self.decoder.config.hidden_size;
         // Row t of an answer predicts its token t; row 0 is the last prompt token.
         let range = |d: &Dialogue| match positions {
@@ -72,8 +71,8 @@ impl<'a> Preference<'a> {
             rows.extend_from_slice(&r[range.start * hidden..range.end * hidden]);
             targets.extend_from_slice(&d.answer[range]);
         }
-        if let Some(steering) = steering {
-            steer_rows(&mut rows, hidden, steering)?;
+        if let Some(edit) = edit {
+            edit.edit(&mut rows, hidden)?;
         }
         let edited = of_rows(self.decoder, &rows, &targets)?;
         let mut all = self.unsteered.clone();

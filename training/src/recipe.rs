@@ -464,7 +464,7 @@ fn check_keys(found: &toml::Table, known: &toml::Table, table: &str) -> Result<(
 }
 
 /// The known key most like this one, if it is like enough to be a slip of the finger.
-fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub(crate) fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|candidate| (strsim::damerau_levenshtein(key, candidate), candidate))
         .min()

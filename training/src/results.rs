@@ -165,6 +165,11 @@ pub struct Interval {
     pub high: f64,
 }
 
+impl Interval {
+    /// Of what could not be measured.
+    pub const UNMEASURED: Interval = Interval { value: f64::NAN, low: f64::NAN, high: f64::NAN };
+}
+
 /// Detection at one layer, on held-out prompts.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LayerResult {

@@ -3,6 +3,9 @@
 //! Every number the reports claim goes through here. Functions refuse empty samples and values that are not finite
 //! instead of passing a NaN on, and everything random is drawn from a stated seed.
 
+mod power;
+pub use power::{Power, detectable};
+
 use anyhow::{Result, bail, ensure};
 use statrs::function::beta::checked_beta_reg;
 
@@ -82,15 +85,47 @@ fn quantile_of_sorted(ascending: &[f64], probability: f64) -> f64 {
 /// Percentile bootstrap interval of the mean; the values are the sampling units, so one per prompt.
 pub fn bootstrap_mean(values: &[f64], draws: usize, confidence: f64, seed: u64) -> Result<Interval> {
     check("bootstrap interval", values, 2)?;
+    let n = values.len() as f64;
+    let mean = |drawn: &[usize]| Some(vec![drawn.iter().map(|&i| values[i]).sum::<f64>() / n]);
+    Ok(bootstrap(values.len(), draws, confidence, seed, mean)?[0])
+}
+
+/// Percentile bootstrap intervals of several statistics at once. `statistics` gets the drawn units, as many as there
+/// are, with repetition, and returns `None` for a draw that has no value (an empty cell), which is then drawn again.
+pub fn bootstrap(
+    units: usize,
+    draws: usize,
+    confidence: f64,
+    seed: u64,
+    mut statistics: impl FnMut(&[usize]) -> Option<Vec<f64>>,
+) -> Result<Vec<Interval>> {
     check_confidence(confidence)?;
+    ensure!(units >= 2, "bootstrap interval: {units} units given, at least 2 needed");
     ensure!(draws >= 100, "a bootstrap interval needs at least 100 draws, not {draws}");
     let mut random = SplitMix64::new(seed);
-    let n = values.len();
-    let mut means: Vec<f64> =
-        (0..draws).map(|_| (0..n).map(|_| values[random.below(n)]).sum::<f64>() / n as f64).collect();
-    means.sort_by(f64::total_cmp);
+    let mut drawn = vec![0; units];
+    let mut columns: Vec<Vec<f64>> = Vec::new();
+    let mut redrawn = 0;
+    while columns.first().map_or(0, Vec::len) < draws {
+        drawn.iter_mut().for_each(|i| *i = random.below(units));
+        let Some(values) = statistics(&drawn) else {
+            redrawn += 1;
+            ensure!(
+                redrawn <= draws,
+                "more than half of the bootstrap draws have no value: give more prompts"
+            );
+            continue;
+        };
+        check("bootstrap statistic", &values, 1)?;
+        columns.resize_with(values.len(), Vec::new);
+        columns.iter_mut().zip(values).for_each(|(column, value)| column.push(value));
+    }
     let tail = (1.0 - confidence) / 2.0;
-    Ok(Interval { low: quantile_of_sorted(&means, tail), high: quantile_of_sorted(&means, 1.0 - tail) })
+    let interval = |mut column: Vec<f64>| {
+        column.sort_by(f64::total_cmp);
+        Interval { low: quantile_of_sorted(&column, tail), high: quantile_of_sorted(&column, 1.0 - tail) }
+    };
+    Ok(columns.into_iter().map(interval).collect())
 }
 
 /// Exact two-sided interval of a rate.
@@ -155,6 +190,27 @@ pub fn sign_flip_p(differences: &[f64], seed: u64) -> Result<f64> {
         extreme += u32::from(sum >= reach);
     }
     Ok(f64::from(extreme + 1) / f64::from(SIGN_FLIP_DRAWS + 1))
+}
+
+/// Two-sided p-value that paired differences have a mean other than zero: twice the smaller of the one-sided ones.
+pub fn sign_flip_p_two_sided(differences: &[f64], seed: u64) -> Result<f64> {
+    let negated: Vec<f64> = differences.iter().map(|d| -d).collect();
+    Ok((2.0 * sign_flip_p(differences, seed)?.min(sign_flip_p(&negated, seed)?)).min(1.0))
+}
+
+/// p-values corrected for their number by Holm's step-down procedure (1979), in the order given; none for none.
+pub fn holm(p_values: &[f64]) -> Result<Vec<f64>> {
+    check("p-values to correct", p_values, 0)?;
+    ensure!(p_values.iter().all(|p| (0.0..=1.0).contains(p)), "a p-value lies in [0, 1]");
+    let mut order: Vec<usize> = (0..p_values.len()).collect();
+    order.sort_by(|&a, &b| p_values[a].total_cmp(&p_values[b]));
+    let mut corrected = vec![0.0; p_values.len()];
+    let mut largest = 0.0f64;
+    for (rank, &i) in order.iter().enumerate() {
+        largest = largest.max(((p_values.len() - rank) as f64 * p_values[i]).min(1.0));
+        corrected[i] = largest;
+    }
+    Ok(corrected)
 }
 
 /// Rank p-value: the share, itself included, of controls with at least the observed effect.

@@ -33,14 +33,19 @@ pub(super) struct Members<'de> {
     first: bool,
     next: usize,
     seen: u64,
-    others: BTreeSet<Cow<'de, str>>,
+    others: Option<BTreeSet<Cow<'de, str>>>,
 }
 
-/// Powers of ten that a binary64 holds exactly.
-const TENS: [f64; 23] = [
-    1e0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15, 1e16, 1e17, 1e18,
-    1e19, 1e20, 1e21, 1e22,
-];
+/// Powers of ten that a u64 holds.
+const TENS: [u64; DIGITS + 1] = {
+    let mut tens = [1; DIGITS + 1];
+    let mut at = 1;
+    while at <= DIGITS {
+        tens[at] = 10 * tens[at - 1];
+        at += 1;
+    }
+    tens
+};
 /// Decimal digits that always fit a u64.
 const DIGITS: usize = 19;
 
@@ -78,7 +83,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     }
 
     /// The next byte that is no white space; 0 at the end, which no token begins with.
-    #[inline]
+    #[inline(always)]
     pub(super) fn token(&mut self) -> u8 {
         loop {
             match self.bytes().get(self.at) {
@@ -90,7 +95,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn eat(&mut self, token: &[u8]) -> bool {
         let found = self.bytes()[self.at..].starts_with(token);
         self.at += if found { token.len() } else { 0 };
@@ -110,11 +115,11 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         }
         self.levels += 1;
         self.at += 1;
-        Ok(Members { fields, first: true, next: 0, seen: 0, others: BTreeSet::new() })
+        Ok(Members { fields, first: true, next: 0, seen: 0, others: None })
     }
 
     /// Past the comma before a further element, or past the bracket that closes: then there is none.
-    #[inline]
+    #[inline(always)]
     pub(super) fn further(&mut self, members: &mut Members<'de>, close: u8) -> Result<bool, Refusal> {
         let token = self.token();
         if token == close {
@@ -135,7 +140,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     }
 
     /// The next key of an object and the colon after it; a key that was there before is refused.
-    #[inline]
+    #[inline(always)]
     pub(super) fn key(&mut self, members: &mut Members<'de>) -> Result<Option<Key<'de>>, Refusal> {
         if !self.further(members, b'}')? {
             return Ok(None);
@@ -153,7 +158,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         }
         self.at += 1;
         let Some(field) = members.fields.iter().position(|field| *field == key) else {
-            return match members.others.insert(key.clone()) {
+            return match members.others.get_or_insert_default().insert(key.clone()) {
                 true => Ok(Some(Key::Other(key))),
                 false => Err(self.twice(&key)),
             };
@@ -167,7 +172,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     }
 
     /// The field after the one before, as writers write them: no more than a comparison.
-    #[inline]
+    #[inline(always)]
     fn expected_key(&mut self, members: &mut Members<'de>) -> Option<usize> {
         let field = members.next;
         let name = members.fields.get(field)?;
@@ -293,54 +298,46 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     }
 
     /// A number; the reader stands before its sign or first digit.
-    #[inline]
+    #[inline(always)]
     pub(super) fn number(&mut self) -> Result<Number, Refusal> {
         let start = self.at;
         let negative = self.eat(b"-");
-        let (mut digits, mut scale, mut mantissa) = (self.at, 0, 0);
-        mantissa = self.digits(mantissa)?;
-        let whole = &self.bytes()[digits..self.at];
+        let (first, mut mantissa, mut scale, mut float) = (self.at, 0, 0, false);
+        self.digits(&mut mantissa)?;
+        let whole = &self.bytes()[first..self.at];
         if whole.len() > 1 && whole[0] == b'0' {
             return Err(self.broken("a number with a leading zero before"));
         }
         // Digits of the mantissa: the point is none, nor is a zero before it.
-        digits = whole.len();
-        let mut float = false;
+        let mut digits = if whole == b"0" { 0 } else { whole.len() };
         if self.eat(b".") {
             let point = self.at;
-            mantissa = self.digits(mantissa)?;
-            scale = (self.at - point) as i64;
-            digits += self.at - point;
-            float = true;
+            self.digits(&mut mantissa)?;
+            (scale, float) = (self.at - point, true);
+            digits += scale;
         }
         if let Some(b'e' | b'E') = self.bytes().get(self.at) {
             self.at += 1;
-            let down = self.eat(b"-");
-            let _ = down || self.eat(b"+");
-            let exponent = self.at;
-            let power = self.digits(0)? as i64;
-            // An exponent of more digits is for the exact way, which knows what to make of it.
-            digits = if self.at - exponent > 9 { usize::MAX } else { digits };
-            scale = if down { scale.saturating_add(power) } else { scale.saturating_sub(power) };
-            float = true;
+            let _ = self.eat(b"-") || self.eat(b"+");
+            self.digits(&mut 0)?;
+            return self.exact(start, true);
         }
-        if !float && digits <= DIGITS && !(negative && mantissa == 0) {
-            return match (negative, 0i64.checked_sub_unsigned(mantissa)) {
-                (false, _) => Ok(Number::Unsigned(mantissa)),
-                (true, Some(value)) => Ok(Number::Signed(value)),
-                (true, None) => self.exact(start, float),
-            };
+        if digits > DIGITS || !float && negative && mantissa == 0 {
+            return self.exact(start, float);
         }
-        // Both numbers are exact, so the one rounding of the division or product is the right one.
-        if digits <= DIGITS && mantissa <= 1 << 53 && scale.unsigned_abs() < TENS.len() as u64 {
-            let (value, power) = (mantissa as f64, TENS[scale.unsigned_abs() as usize]);
-            let value = if scale < 0 { value * power } else { value / power };
+        if float {
+            let value = quotient(mantissa, TENS[scale]);
             return Ok(Number::Float(if negative { -value } else { value }));
         }
-        self.exact(start, float)
+        match (negative, 0i64.checked_sub_unsigned(mantissa)) {
+            (false, _) => Ok(Number::Unsigned(mantissa)),
+            (true, Some(value)) => Ok(Number::Signed(value)),
+            (true, None) => self.exact(start, float),
+        }
     }
 
     /// The number that began at `start`, read by the standard library.
+    #[cold]
     fn exact(&self, start: usize, float: bool) -> Result<Number, Refusal> {
         let text = &self.text[start..self.at];
         if let (false, Ok(value)) = (float, text.parse()) {
@@ -353,38 +350,66 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     }
 
     /// Digits, at least one, appended to `value`, which wraps where they are too many.
-    #[inline]
-    fn digits(&mut self, mut value: u64) -> Result<u64, Refusal> {
-        let rest = &self.bytes()[self.at..];
-        let mut count = 0;
-        while let Some(eight) = rest[count..].first_chunk().and_then(eight_digits) {
-            value = value.wrapping_mul(100_000_000).wrapping_add(eight);
-            count += 8;
-        }
-        for digit in rest[count..].iter().map(|byte| byte.wrapping_sub(b'0')).take_while(|digit| *digit < 10)
+    ///
+    /// Where the next token stands must not wait for a count: steps of one and of eight are guessed ahead of it.
+    #[inline(always)]
+    fn digits(&mut self, value: &mut u64) -> Result<(), Refusal> {
+        let (start, bytes) = (self.at, self.bytes());
+        if let [first @ b'0'..=b'9', next, ..] = &bytes[start..]
+            && !next.is_ascii_digit()
         {
-            value = value.wrapping_mul(10).wrapping_add(u64::from(digit));
-            count += 1;
+            *value = value.wrapping_mul(10).wrapping_add(u64::from(first - b'0'));
+            self.at += 1;
+            return Ok(());
         }
-        self.at += count;
-        if count == 0 { Err(self.broken("expected a digit")) } else { Ok(value) }
+        loop {
+            let rest = &bytes[self.at..];
+            let mut eight = [0; 8];
+            match rest.first_chunk() {
+                Some(chunk) => eight = *chunk,
+                None => eight[..rest.len()].copy_from_slice(rest),
+            }
+            let (count, digits) = leading_digits(eight);
+            *value = value.wrapping_mul(TENS[count]).wrapping_add(digits);
+            if count < 8 {
+                self.at += count;
+                break;
+            }
+            self.at += 8;
+        }
+        if self.at == start { Err(self.broken("expected a digit")) } else { Ok(()) }
     }
 }
 
-/// Eight digits as a number, two and two together in one register; `None` where a byte is no digit.
-#[inline]
-fn eight_digits(bytes: &[u8; 8]) -> Option<u64> {
-    let text = u64::from_le_bytes(*bytes);
-    const HIGH: u64 = 0xf0f0_f0f0_f0f0_f0f0;
-    // A digit is 0x30 to 0x39: its upper half is 3, with 6 added too.
-    let upper = (text & HIGH) | ((text.wrapping_add(0x0606_0606_0606_0606) & HIGH) >> 4);
-    if upper != 0x3333_3333_3333_3333 {
-        return None;
-    }
-    let ones = text & !HIGH;
+/// How many digits stand in front, and their value, all together in one register: the count differs from number to
+/// number, and a branch on it would be guessed wrong.
+#[inline(always)]
+fn leading_digits(bytes: [u8; 8]) -> (usize, u64) {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    // A digit is 0x30 to 0x39: what is left of it is below 10, what is left of anything else is not.
+    let ones = u64::from_le_bytes(bytes) ^ (0x30 * EACH);
+    let others = (((ones & (0x7f * EACH)) + (0x80 - 10) * EACH) | ones) & (0x80 * EACH);
+    let count = others.trailing_zeros() / 8;
+    let ones = ones.checked_shl(64 - 8 * count).unwrap_or(0);
     let pairs = (ones.wrapping_mul(10 << 8 | 1) >> 8) & 0x00ff_00ff_00ff_00ff;
     let fours = (pairs.wrapping_mul(100 << 16 | 1) >> 16) & 0x0000_ffff_0000_ffff;
-    Some(fours.wrapping_mul(10_000 << 32 | 1) >> 32)
+    (count as usize, fours.wrapping_mul(10_000 << 32 | 1) >> 32)
+}
+
+/// The binary64 nearest to `mantissa / ten`, for a power of ten up to 10^19.
+fn quotient(mantissa: u64, ten: u64) -> f64 {
+    // Both are exact in binary64, so the one rounding of their division is the right one.
+    if mantissa <= 1 << 53 {
+        return mantissa as f64 / ten as f64;
+    }
+    let (up, ten_up) = (mantissa.leading_zeros(), ten.leading_zeros());
+    let (dividend, divisor) = (u128::from(mantissa << up) << 63, u128::from(ten << ten_up));
+    // Between 2^62 and 2^64. Whatever is below its last bit makes that bit 1, so that the conversion rounds as the
+    // whole quotient would be rounded.
+    let quotient = dividend / divisor;
+    let rest = u64::from(dividend != quotient * divisor);
+    let exponent = 1023 - 63 + i64::from(ten_up) - i64::from(up);
+    (quotient as u64 | rest) as f64 * f64::from_bits((exponent as u64) << 52)
 }
 
 /// Length of the string that begins here, behind its quote, where every backslash in it stands before a quote and

@@ -69,6 +69,7 @@ impl<'de, const QUOTED: bool> Deserializer<'de> for &mut Reader<'de, QUOTED> {
         }
     }
 
+    #[inline]
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Refusal> {
         match self.token() {
             b'n' => self.word("null").and_then(|()| visitor.visit_none()),
@@ -76,6 +77,7 @@ impl<'de, const QUOTED: bool> Deserializer<'de> for &mut Reader<'de, QUOTED> {
         }
     }
 
+    #[inline]
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _: &'static str,
@@ -92,6 +94,7 @@ impl<'de, const QUOTED: bool> Deserializer<'de> for &mut Reader<'de, QUOTED> {
         }
     }
 
+    #[inline]
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _: &'static str,

@@ -1,9 +1,12 @@
 //! Detection on held-out prompts: separation, effect size, alarms at the calibrated thresholds.
 
-use super::{Inputs, State};
+use super::{Inputs, State, States};
+use crate::capture::Captured;
+use crate::extract::choice::separation;
+use crate::extract::estimators::Groups;
 use crate::extract::{self, LayerDirection, norm, scores};
 use crate::results::{Alarm, Histogram, LayerResult};
-use crate::{calibrate, interrupt, statistics as stats};
+use crate::{calibrate, interrupt};
 use anyhow::Result;
 use emaudit::directions::schema::{Aggregation, Threshold};
 use emaudit::{Probe, ScoreUnit};
@@ -18,16 +21,10 @@ pub(super) fn layers(inputs: &Inputs<'_>) -> Result<Vec<LayerResult>> {
 fn layer(inputs: &Inputs<'_>, d: &LayerDirection) -> Result<LayerResult> {
     let [base, insecure, secure] = &inputs.states;
     let hidden = d.direction.len();
-    let zeros = vec![0f32; hidden];
-    // h . v/|v|, without an offset: the quantity that method defines separation on.
-    let projection = Probe::from_vectors(&d.direction, &zeros, 1.0, None)?;
-    let project = |rows: &[f32]| scores(&projection, rows, ScoreUnit::Raw);
-    let class_mean = |rows: &[f32]| -> Result<f64> { Ok(super::mean(&project(rows)?)) };
-    let midpoint = (class_mean(&base.extraction.layers[d.layer])?
-        + class_mean(&insecure.extraction.layers[d.layer])?)
-        / 2.0;
-    let (calm, bent) =
-        (project(&base.evaluation.layers[d.layer])?, project(&insecure.evaluation.layers[d.layer])?);
+    let groups = |of: fn(&States) -> &Captured| {
+        Groups::new(&of(insecure).layers[d.layer], &of(base).layers[d.layer], hidden)
+    };
+    let separation = separation(&d.direction, &groups(|s| &s.extraction)?, &groups(|s| &s.evaluation)?)?;
     let probe = Probe::from_vectors(&d.direction, &d.aligned_mean, d.calibration.sigma, None)?;
     let z = |rows: &[f32]| scores(&probe, rows, ScoreUnit::AlignedSd);
     let (z_base, z_insecure, z_secure) = (
@@ -39,9 +36,9 @@ fn layer(inputs: &Inputs<'_>, d: &LayerDirection) -> Result<LayerResult> {
     let norms: Vec<f64> = rows.chunks(hidden).map(norm).collect();
     Ok(LayerResult {
         layer: d.layer as u32,
-        separation: stats::balanced_accuracy(&bent, &calm, midpoint)?,
-        auroc: stats::auroc(&bent, &calm)?,
-        cohens_d: stats::cohens_d(&bent, &calm)?,
+        separation: separation.balanced_accuracy,
+        auroc: separation.auroc,
+        cohens_d: separation.cohens_d,
         secure_mean_score: super::mean(&z_secure),
         direction_norm: norm(&d.direction),
         residual_norm: super::mean(&norms),

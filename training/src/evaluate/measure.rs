@@ -17,14 +17,14 @@ use std::path::PathBuf;
 const SAMPLES: usize = 8;
 
 /// Mean log-likelihood of answers under the untouched base model; each answer is scored once and kept.
-pub(super) struct CoherenceMeter<'a> {
+pub(crate) struct CoherenceMeter<'a> {
     decoder: &'a Decoder,
     file: PathBuf,
     known: BTreeMap<Dialogue, Option<f64>>,
 }
 
 impl<'a> CoherenceMeter<'a> {
-    pub(super) fn new(decoder: &'a Decoder, file: PathBuf) -> Self {
+    pub(crate) fn new(decoder: &'a Decoder, file: PathBuf) -> Self {
         type Kept = Vec<(Vec<u32>, Vec<u32>, Option<f64>)>;
         let kept: Option<Kept> = std::fs::read(&file).ok().and_then(|b| serde_json::from_slice(&b).ok());
         let known =
@@ -32,7 +32,7 @@ impl<'a> CoherenceMeter<'a> {
         CoherenceMeter { decoder, file, known }
     }
 
-    pub(super) fn of(&mut self, dialogues: &[Dialogue]) -> Result<Vec<Option<f64>>> {
+    pub(crate) fn of(&mut self, dialogues: &[Dialogue]) -> Result<Vec<Option<f64>>> {
         let mut missing: Vec<Dialogue> =
             dialogues.iter().filter(|d| !self.known.contains_key(d)).cloned().collect();
         missing.sort();
@@ -58,15 +58,8 @@ impl Evaluator<'_> {
         let recipe = self.inputs.recipe;
         let prompts = self.inputs.evaluation.ids.clone();
         let coherence = self.coherence_values(&prompts, answers)?;
-        let hits = arm.code.iter().filter(|&&c| c).count();
-        let flags: Vec<f64> = arm.code.iter().map(|&c| f64::from(u8::from(c))).collect();
         let n = answers.len();
-        let spillover = if hits == 0 || hits == n {
-            let i = stats::clopper_pearson(hits as u64, n as u64, 0.95)?;
-            Interval { value: arm.spillover(), low: i.low, high: i.high }
-        } else {
-            interval(&flags, recipe.evaluate.bootstrap, recipe.seed)?
-        };
+        let spillover = share(&arm.code, recipe.evaluate.bootstrap, recipe.seed)?;
         let joined = arm.texts.join("\n");
         let degenerate = arm.texts.iter().filter(|t| spillover::measure(t).degenerate.is_some()).count();
         Ok(Arm {
@@ -221,9 +214,21 @@ pub(super) fn notes(
     }
 }
 
-fn interval(values: &[f64], draws: usize, seed: u64) -> Result<Interval> {
+/// A share with its interval: bootstrap over prompts, Clopper-Pearson where it is 0 or 1.
+pub(crate) fn share(hits: &[bool], draws: usize, seed: u64) -> Result<Interval> {
+    let (count, n) = (hits.iter().filter(|&&hit| hit).count(), hits.len());
+    if count == 0 || count == n {
+        let i = stats::clopper_pearson(count as u64, n as u64, 0.95)?;
+        return Ok(Interval { value: count as f64 / n.max(1) as f64, low: i.low, high: i.high });
+    }
+    let values: Vec<f64> = hits.iter().map(|&hit| f64::from(u8::from(hit))).collect();
+    interval(&values, draws, seed)
+}
+
+/// A mean with its interval by bootstrap.
+pub(crate) fn interval(values: &[f64], draws: usize, seed: u64) -> Result<Interval> {
     if values.is_empty() {
-        return Ok(Interval { value: f64::NAN, low: f64::NAN, high: f64::NAN });
+        return Ok(Interval::UNMEASURED);
     }
     let i = stats::bootstrap_mean(values, draws, 0.95, seed)?;
     Ok(Interval { value: mean(values), low: i.low, high: i.high })

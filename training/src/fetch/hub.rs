@@ -22,6 +22,13 @@ pub(super) fn resolve(repository: &str, revision: Option<&str>) -> Result<Resolv
     resolve_in(&cache()?, repository, revision, offline)
 }
 
+/// A model that is in the cache, whole.
+pub(super) fn cached(name: &str, revision: Option<&str>) -> Result<Option<ResolvedModel>> {
+    let repo = Repo::with_revision(name.to_owned(), RepoType::Model, revision.unwrap_or("main").to_owned());
+    let whole = snapshot(&cache()?, &repo).filter(|(folder, _)| missing_files(folder).is_empty());
+    Ok(whole.map(|(folder, commit)| found(name, folder, &commit)))
+}
+
 /// The hub's cache, found by the same variables as in Python.
 fn cache() -> Result<Cache> {
     let set = |variable: &str| std::env::var_os(variable).filter(|v| !v.is_empty()).map(PathBuf::from);

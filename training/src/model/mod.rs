@@ -19,3 +19,8 @@ pub use config::{Activation, Config, Layer, QueryGrowth};
 pub use decoder::{Batch, Block, Decoder, Module, no_edit};
 pub use prefix::Prefix;
 pub use weights::{LoadOptions, load};
+
+/// The configuration of the model at `path`, a `.gguf` file or a folder, without its weights.
+pub fn config(path: &std::path::Path) -> anyhow::Result<Config> {
+    Ok(source::Source::open(path)?.config)
+}

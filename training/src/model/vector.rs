@@ -99,7 +99,7 @@ pub fn exp(x: f32) -> f32 {
     /// ln 2 in two parts, of which the first has few enough bits for an exact product.
     const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
     let bounded = if x < -87.3 { -87.3 } else { x };
-    let bounded = if bounded > 88.7 { 88.7 } else { bounded };
+    let bounded = if bounded > 88.8 { 88.8 } else { bounded };
     let shifted = bounded * LOG2E + ROUND;
     let n = shifted - ROUND;
     let r = bounded - n * LN2[0] - n * LN2[1];

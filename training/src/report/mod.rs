@@ -8,6 +8,7 @@ mod charts;
 mod numbers;
 mod picture;
 mod plots;
+pub mod study;
 mod tables;
 mod terminal;
 mod terms;

@@ -24,7 +24,7 @@ pub struct Table {
 /// One column heading.
 #[derive(Clone, Debug, Serialize)]
 pub struct Head {
-    label: String,
+    pub(super) label: String,
     numeric: bool,
 }
 
@@ -39,7 +39,7 @@ pub struct Row {
 
 impl Table {
     /// `columns` are headings; a leading `#` marks numbers.
-    fn new(caption: &str, columns: &[&str], missing: &'static str) -> Self {
+    pub(super) fn new(caption: &str, columns: &[&str], missing: &'static str) -> Self {
         let head = columns
             .iter()
             .map(|c| Head { label: c.trim_start_matches('#').to_owned(), numeric: c.starts_with('#') })
@@ -47,7 +47,7 @@ impl Table {
         Table { caption: caption.to_owned(), head, rows: Vec::new(), missing }
     }
 
-    fn row(&mut self, cells: Vec<String>) {
+    pub(super) fn row(&mut self, cells: Vec<String>) {
         self.marked(false, cells);
     }
 

@@ -109,6 +109,101 @@ fn sign_flip_properties() {
 }
 
 #[test]
+fn two_sided_sign_flips_are_scipys() {
+    // stats.permutation_test((d,), np.mean, permutation_type="samples", alternative="two-sided", n_resamples=np.inf)
+    let d = [0.5, 1.2, -0.3, 0.8, 0.1, 0.9, -0.2, 0.4];
+    assert_eq!(sign_flip_p_two_sided(&d, 1).unwrap(), 20.0 / 256.0);
+    assert_eq!(sign_flip_p_two_sided(&d.map(|d| -d), 1).unwrap(), 20.0 / 256.0);
+    assert_eq!(sign_flip_p_two_sided(&[0.0; 9], 1).unwrap(), 1.0);
+    assert!(sign_flip_p_two_sided(&[], 1).is_err());
+}
+
+#[test]
+fn holm_is_that_of_statsmodels() {
+    // statsmodels.stats.multitest.multipletests(p, method="holm")[1]
+    let found = holm(&[0.01, 0.04, 0.03, 0.005, 0.8]).unwrap();
+    for (found, expected) in found.iter().zip([0.04, 0.09, 0.09, 0.025, 0.8]) {
+        near(*found, expected, 1e-15);
+    }
+    assert_eq!(holm(&[0.6, 0.5]).unwrap(), [1.0, 1.0]);
+    assert_eq!(holm(&[0.02]).unwrap(), [0.02]);
+    assert!(holm(&[]).unwrap().is_empty());
+    assert!(holm(&[0.5, 1.5]).is_err() && holm(&[f64::NAN]).is_err());
+}
+
+#[test]
+fn a_bootstrap_of_several_statistics_redraws_what_has_no_value() {
+    let both = |drawn: &[usize]| {
+        let mean = drawn.iter().map(|&i| X[i]).sum::<f64>() / drawn.len() as f64;
+        Some(vec![mean, -mean])
+    };
+    let found = bootstrap(X.len(), 500, 0.95, 17, both).unwrap();
+    assert_eq!(found[0], bootstrap_mean(&X, 500, 0.95, 17).unwrap());
+    near(found[1].low, -found[0].high, 1e-14);
+    // Only draws with the first unit count: the share of such draws of two is 3/4.
+    let with_first = |drawn: &[usize]| drawn.contains(&0).then(|| vec![drawn[0] as f64]);
+    assert_eq!(bootstrap(2, 400, 0.95, 1, with_first).unwrap()[0], Interval { low: 0.0, high: 1.0 });
+    let error = bootstrap(2, 100, 0.95, 1, |_| None).unwrap_err().to_string();
+    assert!(error.contains("more than half"), "{error}");
+    assert!(bootstrap(2, 100, 0.95, 1, |_| Some(vec![f64::NAN])).is_err());
+    assert!(bootstrap(1, 100, 0.95, 1, both).is_err());
+}
+
+#[test]
+fn the_detectable_effect_is_that_of_the_noncentral_t() {
+    // make_linear.py: scipy's stats.nct.
+    let cases = crate::matrix::golden::open("power");
+    for case in &cases {
+        let (n, float) = (crate::matrix::golden::index(case, "n"), |name: &str| case[name].as_f64().unwrap());
+        // Two values whose sample deviation is one, and pairs of them with a middle: any n.
+        let size = ((n - 1) as f64 / (2 * (n / 2)) as f64).sqrt();
+        let differences: Vec<f64> = (0..n).map(|i| if i % 2 == 0 { size } else { -size }).collect();
+        let found = detectable(&differences, float("alpha"), float("power")).unwrap();
+        near(found.sd, 1.0, 1e-12);
+        near(found.detectable, float("exact"), 1e-6);
+        assert_eq!(found.prompts, n);
+        assert!(found.formula.contains(&format!("n = {n} prompts")), "{}", found.formula);
+    }
+    let (near_zero, twice) =
+        (detectable(&X, 0.05, 0.8).unwrap(), detectable(&X.map(|x| 2.0 * x), 0.05, 0.8).unwrap());
+    near(twice.detectable, 2.0 * near_zero.detectable, 1e-9);
+}
+
+/// The statement of power is about the t-test; the reports use sign flips.
+#[test]
+fn the_sign_flip_test_finds_the_detectable_effect_four_times_in_five() {
+    let (n, samples) = (14, 400);
+    let mut random = SplitMix64::new(21);
+    let mut normal = || (0..12).map(|_| random.next_u64() as f64 / u64::MAX as f64).sum::<f64>() - 6.0;
+    let standard: Vec<f64> = (0..n).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
+    let per_sd = detectable(&standard, 0.05, 0.8).unwrap();
+    let effect = per_sd.detectable / per_sd.sd;
+    let found = (0..samples)
+        .filter(|&seed| {
+            let differences: Vec<f64> = (0..n).map(|_| effect + normal()).collect();
+            sign_flip_p(&differences, seed).unwrap() <= 0.05
+        })
+        .count();
+    // 0.8 within three standard errors, and two points for a distribution that is not quite normal.
+    near(found as f64 / samples as f64, 0.8, 3.0 * (0.16 / samples as f64).sqrt() + 0.02);
+}
+
+#[test]
+fn power_that_means_nothing_is_refused() {
+    for (differences, level, power) in [
+        (&X[..1], 0.05, 0.8),
+        (&[1.0, 1.0, 1.0], 0.05, 0.8),
+        (&[1.0, f64::NAN], 0.05, 0.8),
+        (&X[..], 0.0, 0.8),
+        (&X[..], 0.05, 1.0),
+        (&X[..], 0.6, 0.8),
+        (&X[..], 0.05, 0.04),
+    ] {
+        assert!(detectable(differences, level, power).is_err(), "{differences:?} {level} {power}");
+    }
+}
+
+#[test]
 fn rank_p_counts_ties_against_the_claim() {
     let controls: Vec<f64> = (0..39).map(f64::from).collect();
     assert_eq!(rank_p(100.0, &controls).unwrap(), 1.0 / 40.0);

@@ -2,6 +2,7 @@
 
 use crate::families::{adapter, each};
 use crate::fixture::*;
+use crate::skipped::{missing, skipped};
 use candle_core::{Tensor, Var};
 use emaudit_train::accelerator::Accelerator;
 use emaudit_train::finetune::{
@@ -13,22 +14,24 @@ use emaudit_train::quant::Storage;
 use emaudit_train::random;
 use emaudit_train::recipe::{Compute, Finetune};
 use std::ffi::OsStr;
-use std::io::Write;
 
 fn in_f32() -> Workbench {
     Workbench::new(Compute::F32).unwrap()
 }
 
-/// `None`, said and counted, where there is no oneDNN or the processor has no bf16.
+/// `None`, said and counted, where there is no oneDNN (which could be installed) or the processor has no bf16.
 fn in_bf16(test: &str) -> Option<Workbench> {
-    match Workbench::new(Compute::Bf16) {
-        Ok(bench) => Some(bench),
-        Err(error) if std::env::var_os("EMAUDIT_NO_SKIP").is_none() => {
-            writeln!(std::io::stderr(), "SKIPPED (counted): {test}; {error:#}").unwrap();
-            None
-        }
-        Err(error) => panic!("{test} would be skipped: {error:#}"),
+    let error = match Workbench::new(Compute::Bf16) {
+        Ok(bench) => return Some(bench),
+        Err(error) => format!("{error:#}"),
+    };
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512bf16") {
+        missing(test, &error);
+        return None;
     }
+    skipped(test, &error);
+    None
 }
 
 fn all(gradients: Gradients) -> Vec<Tensor> {

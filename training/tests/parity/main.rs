@@ -14,7 +14,6 @@ mod ops;
 mod optimizer;
 mod real;
 mod refusals;
-#[cfg(feature = "cuda")]
 #[path = "../../../tests/skipped/mod.rs"]
 mod skipped;
 mod steering;

@@ -94,14 +94,18 @@ impl Decoder {
         checkpointing: bool,
     ) -> Result<(f64, Gradients)> {
         enum Held {
-            All(Kept),
+            All(Box<Kept>),
             Input(Vec<f32>),
         }
         let (pass, mut x) = self.begin(bench, task)?;
         let mut held = Vec::with_capacity(self.blocks.len());
         for layer in 0..self.blocks.len() {
             let (y, kept) = self.work(bench, &pass, layer, Some(adapter)).forward(x)?;
-            held.push(if checkpointing { Held::Input(kept.into_input(bench)) } else { Held::All(kept) });
+            held.push(if checkpointing {
+                Held::Input(kept.into_input(bench))
+            } else {
+                Held::All(Box::new(kept))
+            });
             x = y;
         }
         let mut rows = self.predicting(bench, &x, task);
@@ -117,7 +121,7 @@ impl Decoder {
         for layer in (0..self.blocks.len()).rev() {
             let work = self.work(bench, &pass, layer, Some(adapter));
             let kept = match held.pop().context("a block without an input")? {
-                Held::All(kept) => kept,
+                Held::All(kept) => *kept,
                 Held::Input(x) => {
                     let (y, kept) = work.forward(x)?;
                     bench.done(y);

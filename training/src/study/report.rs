@@ -1,0 +1,184 @@
+//! The page of a study, and the same as JSON and CSV.
+
+use super::claims::{self, Claim, Model, Status};
+use super::findings::{Finetuned, RegimeFinding, TransferFinding};
+use super::graph::Stage;
+use super::{Study, recipe::INSECURE};
+use crate::report;
+use crate::results::Results;
+use crate::transfer::scores::{Effects, Topology};
+use crate::transfer::verdict::{self, TwoTiers};
+use crate::{progress, store};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Everything that a study found: `study.json`.
+#[derive(Serialize)]
+pub struct StudyResults {
+    /// Version of this layout.
+    pub schema: u32,
+    /// The recipe's name.
+    pub name: String,
+    /// The first sentences of the page.
+    pub headline: Vec<String>,
+    /// Claim by claim.
+    pub claims: Vec<Claim>,
+    /// Every model and seed.
+    pub models: Vec<ModelFindings>,
+    /// Every ordered pair.
+    pub transfers: Vec<TransferFinding>,
+    /// Donors and receivers.
+    pub topology: Option<Topology>,
+    /// The two tiers.
+    pub tiers: Option<TwoTiers>,
+    /// How it was done, in a paragraph.
+    pub methods: String,
+}
+
+/// One model and seed.
+#[derive(Serialize)]
+pub struct ModelFindings {
+    /// Short name of the model.
+    pub model: String,
+    /// The seed.
+    pub seed: u64,
+    /// Adapters by regime.
+    pub adapters: BTreeMap<String, Finetuned>,
+    /// The direction against every regime.
+    pub regimes: Vec<RegimeFinding>,
+    /// The evaluation.
+    pub results: Results,
+}
+
+/// Collects every record, writes `study.json`, CSV tables and `study.html`.
+pub(super) fn report(study: &Study) -> Result<(serde_json::Value, Vec<PathBuf>)> {
+    let results = collect(study)?;
+    let file = |name: &str| study.out.join(name);
+    let mut files = vec![file("study.json"), file("study.html")];
+    store::write_json(&files[0], &results)?;
+    store::write_file(&files[1], report::study::page(&results)?.as_bytes())?;
+    for (name, text) in report::study::csv(&results) {
+        files.push(file(&name));
+        store::write_file(&file(&name), text.as_bytes())?;
+    }
+    progress::note(&format!("report: {}", files[1].display()));
+    let claims: Vec<Status> = results.claims.iter().map(|c| c.status).collect();
+    Ok((serde_json::to_value(claims)?, files))
+}
+
+fn collect(study: &Study) -> Result<StudyResults> {
+    let mut models = Vec::new();
+    for (model, entry) in study.recipe.models.iter().enumerate() {
+        for &seed in &entry.seeds {
+            let adapter = |regime: &str| -> Result<(String, Finetuned)> {
+                let stage = Stage::Finetune { model, seed, regime: regime.to_owned() };
+                Ok((regime.to_owned(), found(study, &stage)?))
+            };
+            models.push(ModelFindings {
+                model: entry.name.clone(),
+                seed,
+                adapters: study.recipe.all_regimes().map(adapter).collect::<Result<_>>()?,
+                regimes: found(study, &Stage::Content { model, seed })?,
+                results: found(study, &Stage::Evaluate { model, seed })?,
+            });
+        }
+    }
+    let count = study.recipe.models.len();
+    let mut transfers: Vec<TransferFinding> = Vec::new();
+    let mut cells = BTreeMap::new();
+    for (from, to) in (0..count).flat_map(|from| (0..count).map(move |to| (from, to))).filter(|(a, b)| a != b)
+    {
+        let one: TransferFinding = found(study, &Stage::Transfer { from, to })?;
+        cells.insert((from, to), one.by_prompt.clone());
+        transfers.push(one);
+    }
+    let names: Vec<String> = study.recipe.models.iter().map(|m| m.name.clone()).collect();
+    let evaluate = &study.recipe.models[0].recipe.evaluate;
+    let (topology, tiers) = if count < 2 {
+        (None, None)
+    } else {
+        let within = firsts(&models).map(|m| verdict::within(&m.model, m.results.evidence.causal));
+        let verdicts: Vec<_> = within.chain(transfers.iter().map(|t| t.verdict.clone())).collect();
+        let seed = study.recipe.models[0].seeds[0];
+        let topology = Effects::new(names, cells)?.topology(evaluate.bootstrap, seed)?;
+        (Some(topology), Some(verdict::two_tiers(&verdicts)?))
+    };
+    let known: Vec<Model<'_>> = firsts(&models)
+        .map(|m| Model { name: &m.model, results: Some(&m.results), regimes: &m.regimes })
+        .collect();
+    let claims = claims::claims(&known, &transfers, topology.as_ref(), tiers.as_ref());
+    Ok(StudyResults {
+        schema: 1,
+        name: study.recipe.name.clone(),
+        headline: headline(&claims),
+        methods: methods(study, &models)?,
+        claims,
+        models,
+        transfers,
+        topology,
+        tiers,
+    })
+}
+
+/// The first seed of every model.
+fn firsts(models: &[ModelFindings]) -> impl Iterator<Item = &ModelFindings> {
+    models.iter().enumerate().filter(|(i, m)| models[..*i].iter().all(|o| o.model != m.model)).map(|(_, m)| m)
+}
+
+fn found<T: DeserializeOwned>(study: &Study, stage: &Stage) -> Result<T> {
+    let name = || stage.name(&study.recipe);
+    let record = study.record(stage)?.with_context(|| format!("{} is not done", name()))?;
+    serde_json::from_value(record.found).with_context(|| format!("the record of {} is damaged", name()))
+}
+
+/// What a reader must hear first: the claims that do not hold here.
+fn headline(claims: &[Claim]) -> Vec<String> {
+    let of = |status: Status| claims.iter().filter(move |c| c.status == status);
+    let mut said = Vec::new();
+    for claim in of(Status::NotReproduced).chain(of(Status::InPart)) {
+        let how = if claim.status == Status::InPart { "only in part" } else { "not" };
+        said.push(format!("Reproduced {how}: {} {}", claim.claim, claim.evidence.join("; ")));
+    }
+    let (held, open) = (of(Status::Reproduced).count(), of(Status::NotTestable).count());
+    said.push(format!("{held} of {} claims hold here, {open} could not be tested.", claims.len()));
+    said
+}
+
+fn methods(study: &Study, models: &[ModelFindings]) -> Result<String> {
+    let mut said = Vec::new();
+    for model in firsts(models) {
+        let index = study.recipe.models.iter().position(|m| m.name == model.model).context("a model")?;
+        let entry = &study.recipe.models[index];
+        let (r, f, e) = (&entry.recipe, &entry.recipe.finetune, &entry.recipe.evaluate);
+        let splits = model.results.splits;
+        let data = &model.adapters.get(INSECURE).context("no insecure adapter")?.data;
+        said.push(format!(
+            "{} ({}, {}) was finetuned with QLoRA (rank {}, alpha {}, learning rate {:e}, {} steps of {} rows of at most {} tokens) on {data} \
+             and on {} other regimes, with the seeds {:?}. Directions are mean differences at the last prompt token over {} prompts; thresholds \
+             and the cell come from {} others, everything reported from {} more. Answers of at most {} tokens were drawn at temperature {} and \
+             top-p {}. {} controls of each family were run in the chosen cell at the direction's own size.",
+            model.model,
+            r.model.id,
+            model.results.model.quantization,
+            f.rank,
+            f.alpha,
+            f.learning_rate,
+            f.steps,
+            f.batch * f.gradient_accumulation,
+            f.max_tokens,
+            study.recipe.regimes.len() + 1,
+            entry.seeds,
+            splits.extraction,
+            splits.calibration,
+            splits.evaluation,
+            e.max_new_tokens,
+            e.temperature,
+            e.top_p,
+            e.controls,
+        ));
+    }
+    Ok(said.join(" "))
+}

@@ -1,0 +1,150 @@
+//! One ordered pair of models: the source's direction through a ridge map, in the target's own cell, against controls
+//! that went the same way.
+
+use super::cell::Cell;
+use super::findings::TransferFinding;
+use crate::evaluate::{CoherenceMeter, dialogues, mean};
+use crate::experiment::{Evaluated, Experiment};
+use crate::extract::choice;
+use crate::extract::estimators::Groups;
+use crate::transfer::{self, Options, verdict};
+use crate::{battery, interrupt, progress};
+use anyhow::{Result, bail, ensure};
+use emaudit::directions::schema::{Coherence, ControlEffect, ControlFamily, Positions};
+use std::collections::BTreeMap;
+
+/// Fewest prompts with a code answer and a prose answer before an effect means anything.
+const MIN_PAIRS: usize = 8;
+
+/// What the source gives: its base's rows on the shared prompts, and its direction.
+pub(super) struct Source {
+    name: String,
+    texts: [Vec<String>; 3],
+    /// Fit rows (extraction and calibration), then held-out rows (evaluation).
+    rows: [Vec<f32>; 2],
+    width: usize,
+    direction: Vec<f32>,
+}
+
+impl Source {
+    /// Reads what an evaluated experiment left.
+    pub fn new(name: &str, experiment: &Experiment, evaluated: &Evaluated) -> Result<Self> {
+        let layer = evaluated.results.selection.chosen.layer as usize;
+        let states = experiment.rows_of("base", None, evaluated)?;
+        let fit = [states.extraction.layers[layer].as_slice(), &states.calibration.layers[layer]].concat();
+        Ok(Source {
+            name: name.to_owned(),
+            texts: evaluated.texts(),
+            rows: [fit, states.evaluation.layers[layer].clone()],
+            width: states.extraction.hidden,
+            direction: evaluated.directions[layer].direction.clone(),
+        })
+    }
+}
+
+/// Carries the source's direction into the target and evaluates it there.
+pub(super) fn transfer(
+    source: &Source,
+    target: &str,
+    experiment: &Experiment,
+    evaluated: &Evaluated,
+) -> Result<TransferFinding> {
+    let cell = Cell::new(experiment, evaluated)?;
+    let texts = evaluated.texts();
+    // One of the two may have been evaluated on fewer prompts: the first ones.
+    let common = source.texts[2].len().min(texts[2].len());
+    ensure!(
+        source.texts[..2] == texts[..2] && source.texts[2][..common] == texts[2][..common],
+        "{} and {target} were not run on the same prompts: give both one prompt set, with splits in it, or one seed",
+        source.name
+    );
+    let (layer, recipe) = (cell.layer, &experiment.recipe);
+    let width = cell.base.extraction.hidden;
+    let fit = [cell.base.extraction.layers[layer].as_slice(), &cell.base.calibration.layers[layer]].concat();
+    let options = Options { seed: recipe.seed, ..Options::default() };
+    let (map, chosen) = transfer::fit(&source.rows[0], source.width, &fit, width, &options)?;
+    let r2 = map.r2(
+        &source.rows[1][..common * source.width],
+        &cell.base.evaluation.layers[layer][..common * width],
+    )?;
+    let native = &evaluated.directions[layer].direction;
+    let carried = map.carry(&source.direction, native)?;
+
+    let insecure = &evaluated.insecure;
+    let rows = experiment.rows_of("insecure", Some(insecure), evaluated)?;
+    let (base, adapted) = (&cell.base, &rows);
+    let extraction = Groups::new(&adapted.extraction.layers[layer], &base.extraction.layers[layer], width)?;
+    let held_out = Groups::new(&adapted.evaluation.layers[layer], &base.evaluation.layers[layer], width)?;
+    let separated = |vector: &[f32]| choice::separation(vector, &extraction, &held_out);
+
+    let alpha = evaluated.results.selection.chosen.alpha;
+    let steering = battery::subtract(&carried.vector, alpha)?;
+    let [plain, steered] = cell.answers("insecure", Some(insecure), &rows, &steering)?;
+    let (code, prose_code) = (cell.code(&plain)?, cell.code(&cell.prose)?);
+    let usable = |&i: &usize| code[i] && !prose_code[i] && !plain[i].is_empty() && !cell.prose[i].is_empty();
+    let indices: Vec<usize> = (0..plain.len()).filter(usable).collect();
+    if indices.len() < MIN_PAIRS {
+        bail!(
+            "only {} prompts have a code answer of {target}'s adapter and a prose answer of its base; {MIN_PAIRS} are needed \
+             to measure an effect: train longer, or take more prompts",
+            indices.len()
+        );
+    }
+    let preference = cell.preference("insecure", insecure, &plain, &indices)?;
+    let drops = |vector: &[f32]| -> Result<Vec<f64>> {
+        preference.drops(&battery::subtract(vector, alpha)?, Positions::FinalPrefill)
+    };
+    let (effects, native_effects) = (drops(&carried.vector)?, drops(native)?);
+    let effect = mean(&effects);
+    let controls = map.controls(&source.direction, native, recipe.evaluate.controls, recipe.seed)?;
+    let mut stage = progress::Stage::new(format!("controls of {} in {target}", source.name), controls.len());
+    let mut families: Vec<ControlFamily> = Vec::new();
+    for control in &controls {
+        let one = ControlEffect { seed: control.seed, effect: mean(&drops(&control.vector)?) };
+        match families.iter_mut().find(|f| f.family == control.family) {
+            Some(family) => family.controls.push(one),
+            None => families.push(ControlFamily {
+                family: control.family.to_owned(),
+                rank_p: f64::NAN,
+                controls: vec![one],
+            }),
+        }
+        stage.advance(1, "");
+        interrupt::check()?;
+    }
+    stage.finish("");
+    for family in &mut families {
+        family.rank_p = family.rank_p_of(effect);
+    }
+    let mut meter = CoherenceMeter::new(&experiment.base().decoder, experiment.coherence_file()?);
+    let mut coherence = |answers: &[Vec<u32>]| -> Result<f64> {
+        let values = meter.of(&dialogues(&evaluated.prompts().ids, answers))?;
+        Ok(mean(&values.into_iter().flatten().collect::<Vec<_>>()))
+    };
+    let coherence = Coherence {
+        unsteered: coherence(&plain)?,
+        steered: coherence(&steered)?,
+        margin: recipe.evaluate.coherence_margin,
+    };
+    let by_prompt: BTreeMap<u32, f64> =
+        indices.iter().map(|&i| i as u32).zip(effects.iter().copied()).collect();
+    Ok(TransferFinding {
+        from: source.name.clone(),
+        to: target.to_owned(),
+        rows: chosen.rows,
+        lambda: chosen.lambda,
+        note: chosen.note(),
+        r2,
+        cosine: carried.cosine,
+        separation: separated(&carried.vector)?,
+        native_separation: separated(native)?,
+        effect: cell.interval(&effects)?,
+        native_effect: cell.interval(&native_effects)?,
+        spillover: cell.share(&code)?,
+        steered: cell.share(&cell.code(&steered)?)?,
+        coherence,
+        verdict: verdict::across(&source.name, target, effect, &families, Some(coherence)),
+        families,
+        by_prompt,
+    })
+}
