@@ -110,6 +110,9 @@ pub struct Steering {
 /// and this many bytes.
 const AHEAD: usize = 16 << 10;
 
+/// Rows behind a gate that are scored before any of them is edited.
+const SCORED_AHEAD: usize = 256;
+
 /// A row's dot product, and its sum of squares where that is known already.
 type Seen = (f32, Option<f32>);
 
@@ -288,14 +291,16 @@ impl Steering {
         };
         // Behind a gate most rows are only scored, and as fast as a probe does it.
         if self.options.gate.is_some() {
-            for batch in Batch::all::<{ Kernel::SIDE_BY_SIDE }>(rows.rows(), Batch::GROUPS) {
-                let seen = self.probe.dots::<T>(&rows.as_rows(), batch);
-                for (i, dot) in batch.rows().zip(seen) {
-                    step(rows, i, usize::MAX, (dot, None));
+            let mut seen = [0.0; SCORED_AHEAD];
+            for first in (0..rows.rows()).step_by(SCORED_AHEAD) {
+                let seen = &mut seen[..SCORED_AHEAD.min(rows.rows() - first)];
+                self.probe.dots::<T>(&rows.as_rows().part(first, seen.len()), seen);
+                for (i, dot) in seen.iter().enumerate() {
+                    step(rows, first + i, usize::MAX, (*dot, None));
                 }
             }
         } else {
-            for batch in Batch::all::<2>(rows.rows(), 1) {
+            for batch in Batch::all::<2>(rows.rows()) {
                 let seen = self.dot_squares::<T>(&rows.as_rows(), batch);
                 for (i, seen) in batch.rows().zip(seen) {
                     step(rows, i, i + 1, seen);

@@ -4,6 +4,7 @@
 //! with the instructions of that wrapper.
 
 use crate::activations::Element;
+use std::ops::Range;
 
 /// Independent accumulators: enough to hide the latency of an addition behind the loads.
 pub(super) const UNROLL: usize = 4;
@@ -141,6 +142,43 @@ impl Ahead {
     }
 }
 
+/// What is fetched while `R` rows are read side by side.
+#[derive(Clone, Copy)]
+pub(super) enum Fetch<const R: usize> {
+    Nothing,
+    /// The rows themselves, [`SOON`] bytes ahead.
+    Soon,
+    /// Rows to come.
+    Halves([Ahead; R]),
+}
+
+/// Far enough that the second cache has answered when the element is wanted; twice as far, the first cache has often
+/// dropped it again.
+const SOON: usize = 384;
+
+impl<const R: usize> Fetch<R> {
+    /// What belongs to the block of `UNROLL` registers of row `r` that begins with the element `at`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`.
+    #[inline(always)]
+    unsafe fn fetch<V: Vector, T>(self, row: *const T, r: usize, at: usize) {
+        // SAFETY: passed on to the caller; the address is only a hint.
+        unsafe {
+            match self {
+                Fetch::Nothing => {}
+                Fetch::Soon => {
+                    let soon = row.wrapping_add(at).cast::<u8>().wrapping_add(SOON);
+                    for line in 0..(UNROLL * V::LANES * size_of::<T>()).div_ceil(LINE) {
+                        V::prefetch(soon.wrapping_add(line * LINE));
+                    }
+                }
+                Fetch::Halves(ahead) => ahead[r].fetch::<V, T>(at),
+            }
+        }
+    }
+}
+
 /// Adds the accumulators in pairs, then folds the lanes in halves.
 ///
 /// # Safety
@@ -222,7 +260,7 @@ pub(super) unsafe fn tile<V, T, const R: usize, const D: usize, const SQUARES: b
     rows: [*const T; R],
     directions: [*const f32; D],
     width: usize,
-    ahead: Option<[Ahead; R]>,
+    fetch: Fetch<R>,
 ) -> ([[f32; D]; R], [f32; R])
 where
     V: Memory<T> + Memory<f32>,
@@ -236,9 +274,7 @@ where
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
             for r in 0..R {
-                if let Some(ahead) = ahead {
-                    ahead[r].fetch::<V, T>(at);
-                }
+                fetch.fetch::<V, T>(rows[r], r, at);
             }
             for pair in 0..UNROLL / 2 {
                 let (place, k) = (at + 2 * pair * V::LANES, 2 * pair);
@@ -261,24 +297,12 @@ where
             }
             at += UNROLL * V::LANES;
         }
-        for k in 0..UNROLL {
-            if at < width {
-                let count = V::LANES.min(width - at);
-                for d in 0..D {
-                    y[d] = load_part::<V, f32>(directions[d].add(at), count);
-                }
-                for r in 0..R {
-                    let x = load_part::<V, T>(rows[r].add(at), count);
-                    for d in 0..D {
-                        sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
-                    }
-                    if SQUARES {
-                        squares[r][k] = x.multiply_add(x, squares[r][k]);
-                    }
-                }
-                at += count;
-            }
-        }
+        // Written out, since a loop that the compiler leaves rolled keeps all accumulators in memory, and the loop above
+        // then stores them at every turn.
+        last::<V, T, R, D, SQUARES, 0>(rows, directions, at..width, &mut sums, &mut squares);
+        last::<V, T, R, D, SQUARES, 1>(rows, directions, at..width, &mut sums, &mut squares);
+        last::<V, T, R, D, SQUARES, 2>(rows, directions, at..width, &mut sums, &mut squares);
+        last::<V, T, R, D, SQUARES, 3>(rows, directions, at..width, &mut sums, &mut squares);
         let mut out = ([[0.0; D]; R], [0.0; R]);
         for r in 0..R {
             for d in 0..D {
@@ -289,6 +313,49 @@ where
             }
         }
         out
+    }
+}
+
+/// The `K`-th of the last chunks of a tile, where there is one, added to its accumulators.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Every row and direction reaches to the end of `columns`.
+#[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "closures would be compiled without the wrapper's instructions"
+)]
+unsafe fn last<V, T, const R: usize, const D: usize, const SQUARES: bool, const K: usize>(
+    rows: [*const T; R],
+    directions: [*const f32; D],
+    columns: Range<usize>,
+    sums: &mut [[[V; UNROLL]; D]; R],
+    squares: &mut [[V; UNROLL]; R],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let at = columns.start + K * V::LANES;
+    if at >= columns.end {
+        return;
+    }
+    // SAFETY: `at + count <= columns.end`.
+    unsafe {
+        let count = V::LANES.min(columns.end - at);
+        let mut y = [V::splat(0.0); D];
+        for d in 0..D {
+            y[d] = load_part::<V, f32>(directions[d].add(at), count);
+        }
+        for r in 0..R {
+            let x = load_part::<V, T>(rows[r].add(at), count);
+            for d in 0..D {
+                sums[r][d][K] = x.multiply_add(y[d], sums[r][d][K]);
+            }
+            if SQUARES {
+                squares[r][K] = x.multiply_add(x, squares[r][K]);
+            }
+        }
     }
 }
 
@@ -312,7 +379,7 @@ where
     unsafe {
         if V::REGISTERS >= 32 {
             let (h, u) = ([rows[0].as_ptr(), rows[1].as_ptr()], [direction.as_ptr()]);
-            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), Some(ahead));
+            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), Fetch::Halves(ahead));
             return [(first, squares[0]), (second, squares[1])];
         }
         [

@@ -1,11 +1,12 @@
 //! Many rows, many directions: which of them share a load, in which order memory is read.
 
-use super::generic::{Memory, UNROLL, load_part, reduce, tile, total};
+use super::generic::{Fetch, Memory, UNROLL, load_part, reduce, tile, total};
 use crate::activations::Element;
 use std::ops::Range;
 
-/// Rows that [`dots`] takes together where there is one direction: read side by side they keep memory busy.
-pub(super) const SIDE_BY_SIDE: usize = 4;
+/// Rows that [`dots`] takes together where there is one direction: read side by side they keep memory busy, and the more
+/// there are, the less often the direction comes from the second cache, out of which they push it.
+pub(super) const SIDE_BY_SIDE: usize = 6;
 /// Rows that [`dots`] takes together where there are several: with four directions and one accumulator of each pair
 /// they fill 32 registers.
 pub(super) const ROWS: usize = 6;
@@ -221,7 +222,8 @@ unsafe fn columns<V, T, const R: usize, const D: usize>(
         u[d] = directions[first + d].as_ptr();
     }
     // SAFETY: passed on to the caller.
-    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), None) };
+    let fetch = if R == SIDE_BY_SIDE { Fetch::Soon } else { Fetch::Nothing };
+    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), fetch) };
     for r in 0..R {
         for d in 0..D {
             out[r * directions.len() + first + d] = found[r][d];
