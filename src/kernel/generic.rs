@@ -34,6 +34,8 @@ pub(super) trait Vector: Copy {
     unsafe fn fold(self) -> f32;
     /// Asks for a cache line; the address need not be one that may be read.
     unsafe fn prefetch(address: *const u8);
+    /// The same, into the second cache only: what is wanted later would push out what is wanted now.
+    unsafe fn prefetch_later(address: *const u8);
 }
 
 /// Reading and writing a register as elements of `T`, without alignment beyond that of `T`.
@@ -111,7 +113,7 @@ pub(super) unsafe fn load_part<V: Memory<T>, T: Element>(from: *const T, count: 
     unsafe { if count == V::LANES { V::load(from) } else { V::load_first(from, count) } }
 }
 
-/// Half of a row to come, fetched into the first cache while another one is worked on, evenly over the pass.
+/// Half of a row to come, fetched into the second cache while another one is worked on, evenly over the pass.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead(*const u8);
 
@@ -137,7 +139,7 @@ impl Ahead {
         let half = UNROLL * V::LANES * size_of::<T>() / 2;
         for line in 0..half.div_ceil(LINE) {
             // SAFETY: passed on to the caller; the address is only a hint.
-            unsafe { V::prefetch(self.0.wrapping_add(at * size_of::<T>() / 2 + line * LINE)) };
+            unsafe { V::prefetch_later(self.0.wrapping_add(at * size_of::<T>() / 2 + line * LINE)) };
         }
     }
 }

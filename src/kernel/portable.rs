@@ -127,6 +127,9 @@ impl Vector for Portable {
     // No instruction that every target has.
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn prefetch_later(_: *const u8) {}
 }
 
 impl Memory<f32> for Portable {
