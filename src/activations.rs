@@ -382,12 +382,22 @@ impl<'a> RowsMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().add(offset), self.layout.cols) }
     }
 
-    /// One row, to edit, and a later one, to look at; that one is empty beyond the last row.
-    pub(crate) fn row_and_later<T: Element>(&mut self, row: usize, later: usize) -> (&mut [T], &[T]) {
-        assert!(row < later);
-        let later: &[T] = if later < self.layout.rows { self.as_rows().row(later) } else { &[] };
-        // SAFETY: of lifetimes only: rows never overlap, and both borrows end with that of `self`.
-        let later = unsafe { std::slice::from_raw_parts(later.as_ptr(), later.len()) };
-        (self.row_mut(row), later)
+    /// Two rows, one behind the other, to edit, and two from `later` on, to look at; those are empty beyond the last row.
+    pub(crate) fn pair_and_later<T: Element>(
+        &mut self,
+        row: usize,
+        later: usize,
+    ) -> ([&mut [T]; 2], [&[T]; 2]) {
+        assert!(row + 1 < later);
+        let rows = self.layout.rows;
+        let seen = [later, later + 1].map(|i| if i < rows { self.as_rows().row::<T>(i) } else { &[] });
+        // SAFETY: of lifetimes only: rows never overlap, and all borrows end with that of `self`.
+        let seen = seen.map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr(), row.len()) });
+        let edited = [row, row + 1].map(|i| {
+            let row = self.row_mut::<T>(i);
+            // SAFETY: as above.
+            unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr(), row.len()) }
+        });
+        (edited, seen)
     }
 }

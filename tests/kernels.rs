@@ -114,15 +114,41 @@ fn many_dot_products_at_once_have_the_bits_of_each_alone() {
                     }
                     compared += out.len();
                 }
-                let both = kernel.dot_squares([rows[0], rows[1]], directions[0]);
+                let (group, next) = ([0, 1, 2, 3].map(|r| rows[r]), [rows[4], &[], rows[5], rows[6]]);
+                let both = kernel.measure(group, Some(directions[0]), next);
+                let blind = kernel.measure(group, None, [&[]; 4]);
                 for (r, (dot, squares)) in both.into_iter().enumerate() {
                     assert_eq!(dot.to_bits(), alone(r, 0), "{kernel:?} {width}");
                     assert_eq!(squares.to_bits(), kernel.squares(rows[r]).to_bits(), "{kernel:?} {width}");
+                    assert_eq!(blind[r].1.to_bits(), squares.to_bits(), "{kernel:?} {width}");
                 }
             }
             kernel.dots::<T>(&[], &[], &[], &mut []);
         }
         assert!(compared > 10_000);
+    }
+    for_every_dtype!(body);
+}
+
+#[test]
+fn two_rows_edited_at_once_have_the_bits_of_each_alone() {
+    fn body<T: Scored>() {
+        for kernel in kernels() {
+            for width in widths() {
+                let direction = fill::<f32>(width, 127, 0.11);
+                let rows = [fill::<T>(width + 3, 251, 1.3), fill::<T>(width + 3, 241, 0.9)];
+                let (mut alone, mut both) = (rows.clone(), rows.clone());
+                alone.iter_mut().zip([0.37, -2.5]).for_each(|(row, c)| {
+                    kernel.edit(&mut row[1..][..width], &direction, c);
+                });
+                let [first, second] = &mut both;
+                let pair = [&mut first[1..][..width], &mut second[1..][..width]];
+                kernel.edit_pair(pair, &direction, [0.37, -2.5], [&rows[0][1..][..width], &[]]);
+                for (alone, both) in alone.iter().zip(&both) {
+                    assert_eq!(bits(alone), bits(both), "{kernel:?} {width}");
+                }
+            }
+        }
     }
     for_every_dtype!(body);
 }

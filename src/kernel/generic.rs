@@ -8,6 +8,8 @@ use std::ops::Range;
 
 /// Independent accumulators: enough to hide the latency of an addition behind the loads.
 pub(super) const UNROLL: usize = 4;
+/// Rows that are measured together before they are edited.
+pub(super) const GROUP: usize = 4;
 /// Lanes of the widest vector.
 const MAX_LANES: usize = 16;
 
@@ -361,34 +363,59 @@ unsafe fn last<V, T, const R: usize, const D: usize, const SQUARES: bool, const 
     }
 }
 
-/// `(row . direction, row . row)` of two rows, each with the bits of [`reduce`]; where there are registers enough the
-/// direction is read once for both.
+/// `(row . direction, row . row)` of some rows, each with the bits of [`reduce`], the first 0 without a direction; where
+/// there are registers enough they are read side by side.
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
-/// - Both rows and the direction have the same length.
+/// - All rows and the direction have the same length.
 #[inline(always)]
-pub(super) unsafe fn reduce_pair<V, T>(
-    rows: [&[T]; 2],
-    direction: &[f32],
-    ahead: [Ahead; 2],
-) -> [(f32, f32); 2]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "closures would be compiled without the wrapper's instructions"
+)]
+pub(super) unsafe fn measure<V, T>(
+    rows: [&[T]; GROUP],
+    direction: Option<&[f32]>,
+    ahead: [Ahead; GROUP],
+) -> [(f32, f32); GROUP]
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
+    let (mut out, mut h, width) = ([(0.0, 0.0); GROUP], [std::ptr::null(); GROUP], rows[0].len());
+    for r in 0..GROUP {
+        h[r] = rows[r].as_ptr();
+    }
     // SAFETY: passed on to the caller.
     unsafe {
-        if V::REGISTERS >= 32 {
-            let (h, u) = ([rows[0].as_ptr(), rows[1].as_ptr()], [direction.as_ptr()]);
-            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), Fetch::Halves(ahead));
-            return [(first, squares[0]), (second, squares[1])];
+        match direction {
+            Some(u) if V::REGISTERS >= 32 => {
+                let (dots, squares) =
+                    tile::<V, T, GROUP, 1, true>(h, [u.as_ptr()], width, Fetch::Halves(ahead));
+                for r in 0..GROUP {
+                    out[r] = (dots[r][0], squares[r]);
+                }
+            }
+            None if V::REGISTERS >= 32 => {
+                let (_, squares) = tile::<V, T, GROUP, 0, true>(h, [], width, Fetch::Halves(ahead));
+                for r in 0..GROUP {
+                    out[r].1 = squares[r];
+                }
+            }
+            Some(u) => {
+                for r in 0..GROUP {
+                    out[r] = reduce::<V, T, true, true>(rows[r], u, Some(ahead[r]));
+                }
+            }
+            None => {
+                for r in 0..GROUP {
+                    out[r] = reduce::<V, T, false, true>(rows[r], &[], Some(ahead[r]));
+                }
+            }
         }
-        [
-            reduce::<V, T, true, true>(rows[0], direction, Some(ahead[0])),
-            reduce::<V, T, true, true>(rows[1], direction, Some(ahead[1])),
-        ]
     }
+    out
 }
 
 /// `max_i |row_i - c * direction_i|` in f32.
@@ -425,7 +452,7 @@ where
 /// # Safety
 /// As for [`reduce`].
 #[inline(always)]
-pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32, ahead: Ahead)
+pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32)
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
@@ -435,17 +462,71 @@ where
     unsafe {
         let factor = V::splat(c);
         let mut at = 0;
+        while at + 2 * V::LANES <= width {
+            let (x, y) = <V as Memory<T>>::load_pair(h.add(at));
+            let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at)));
+            let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at + V::LANES)));
+            <V as Memory<T>>::store_pair(x, y, h.add(at));
+            at += 2 * V::LANES;
+        }
+        edit_last::<V, T>(h, u, factor, at..width);
+    }
+}
+
+/// [`edit`] of two rows, the direction read once for both.
+///
+/// # Safety
+/// As for [`reduce`], for both rows.
+#[inline(always)]
+pub(super) unsafe fn edit_pair<V, T>(rows: [&mut [T]; 2], direction: &[f32], c: [f32; 2], ahead: [Ahead; 2])
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (width, u) = (direction.len(), direction.as_ptr());
+    let [first, second] = rows;
+    let (h, g) = (first.as_mut_ptr(), second.as_mut_ptr());
+    // SAFETY: `at + count <= width` at every access.
+    unsafe {
+        let (c, d) = (V::splat(c[0]), V::splat(c[1]));
+        let mut at = 0;
         while at + UNROLL * V::LANES <= width {
-            ahead.fetch::<V, T>(at);
+            ahead[0].fetch::<V, T>(at);
+            ahead[1].fetch::<V, T>(at);
             for k in 0..UNROLL / 2 {
-                let (first, second) = (at + 2 * k * V::LANES, at + (2 * k + 1) * V::LANES);
-                let (x, y) = <V as Memory<T>>::load_pair(h.add(first));
-                let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(first)));
-                let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(second)));
-                <V as Memory<T>>::store_pair(x, y, h.add(first));
+                let place = at + 2 * k * V::LANES;
+                let v = <V as Memory<f32>>::load(u.add(place));
+                let w = <V as Memory<f32>>::load(u.add(place + V::LANES));
+                // Both rows are loaded before either is stored: where they lie whole pages apart, a load would wait for
+                // the store before it.
+                let (x, y) = <V as Memory<T>>::load_pair(h.add(place));
+                let (p, q) = <V as Memory<T>>::load_pair(g.add(place));
+                let (x, y) = (x.subtract_scaled(c, v), y.subtract_scaled(c, w));
+                let (p, q) = (p.subtract_scaled(d, v), q.subtract_scaled(d, w));
+                <V as Memory<T>>::store_pair(x, y, h.add(place));
+                <V as Memory<T>>::store_pair(p, q, g.add(place));
             }
             at += UNROLL * V::LANES;
         }
+        edit_last::<V, T>(h, u, c, at..width);
+        edit_last::<V, T>(g, u, d, at..width);
+    }
+}
+
+/// The last chunks of an edit.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Row and direction reach to the end of `columns`.
+#[inline(always)]
+unsafe fn edit_last<V, T>(h: *mut T, u: *const f32, factor: V, columns: Range<usize>)
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (mut at, width) = (columns.start, columns.end);
+    // SAFETY: `at + count <= width` at every access.
+    unsafe {
         while at + V::LANES <= width {
             let x = <V as Memory<T>>::load(h.add(at));
             let y = <V as Memory<f32>>::load(u.add(at));

@@ -1,7 +1,7 @@
 //! AVX2 + FMA + F16C and AVX-512: registers for the generic algorithm, and thin wrappers that switch them on.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::{self, Ahead, Memory, Vector};
+use super::generic::{self, Ahead, GROUP, Memory, Vector};
 use super::many;
 use crate::activations::Element;
 use half::{bf16, f16};
@@ -36,10 +36,11 @@ macro_rules! kernel {
                 Ops {
                     dot: dot::<T>,
                     squares: squares::<T>,
-                    dot_squares: dot_squares::<T>,
+                    measure: measure::<T>,
                     dots: dots::<T>,
                     edit_peak: edit_peak::<T>,
                     edit: edit::<T>,
+                    edit_pair: edit_pair::<T>,
                 }
             }
 
@@ -58,27 +59,27 @@ macro_rules! kernel {
             /// # Safety
             /// The CPU has the features named above.
             #[target_feature(enable = $features)]
-            unsafe fn squares<T: Element>(row: &[T], ahead: Ahead) -> f32
+            unsafe fn squares<T: Element>(row: &[T]) -> f32
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], Some(ahead)).1 }
+                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], None).1 }
             }
 
             /// # Safety
-            /// As for [`dot`], for both rows.
+            /// As for [`dot`], for all rows.
             #[target_feature(enable = $features)]
-            unsafe fn dot_squares<T: Element>(
-                rows: [&[T]; 2],
-                direction: &[f32],
-                ahead: [Ahead; 2],
-            ) -> [(f32, f32); 2]
+            unsafe fn measure<T: Element>(
+                rows: [&[T]; GROUP],
+                direction: Option<&[f32]>,
+                ahead: [Ahead; GROUP],
+            ) -> [(f32, f32); GROUP]
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce_pair::<$vector, T>(rows, direction, ahead) }
+                unsafe { generic::measure::<$vector, T>(rows, direction, ahead) }
             }
 
             /// # Safety
@@ -107,12 +108,27 @@ macro_rules! kernel {
             /// # Safety
             /// As for [`dot`].
             #[target_feature(enable = $features)]
-            unsafe fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32, ahead: Ahead)
+            unsafe fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32)
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit::<$vector, T>(row, direction, c, ahead) }
+                unsafe { generic::edit::<$vector, T>(row, direction, c) }
+            }
+
+            /// # Safety
+            /// As for [`dot`], for both rows.
+            #[target_feature(enable = $features)]
+            unsafe fn edit_pair<T: Element>(
+                rows: [&mut [T]; 2],
+                direction: &[f32],
+                c: [f32; 2],
+                ahead: [Ahead; 2],
+            ) where
+                $vector: Memory<T>,
+            {
+                // SAFETY: passed on to the caller.
+                unsafe { generic::edit_pair::<$vector, T>(rows, direction, c, ahead) }
             }
         }
     };
@@ -425,7 +441,9 @@ unsafe fn spread(words: __m512i, places: [u16; 32]) -> __m512 {
 fn odd_words() -> __mmask32 {
     let mut mask = 0xaaaa_aaaa;
     // SAFETY: no instruction at all.
-    unsafe { std::arch::asm!("/* {0:e} */", inout(reg) mask, options(pure, nomem, nostack, preserves_flags)) };
+    unsafe {
+        std::arch::asm!("/* {0:e} */", inout(reg) mask, options(pure, nomem, nostack, preserves_flags))
+    };
     mask
 }
 
