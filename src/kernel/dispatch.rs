@@ -77,8 +77,11 @@ pub(super) struct Ops<T> {
     pub dots: Dots<T>,
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
     pub edit: unsafe fn(&mut [T], &[f32], f32),
-    pub edit_pair: unsafe fn([&mut [T]; 2], &[f32], [f32; 2], [Ahead; 2]),
+    pub edit_pair: EditPair<T>,
 }
+
+/// Two rows, each with its factor of the direction.
+type EditPair<T> = unsafe fn([&mut [T]; 2], &[f32], [f32; 2], [Ahead; 2]);
 
 /// Dot product, where there is a direction, and sum of squares of each row.
 type Measure<T> = unsafe fn([&[T]; GROUP], Option<&[f32]>, [Ahead; GROUP]) -> [(f32, f32); GROUP];

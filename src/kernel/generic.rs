@@ -326,10 +326,6 @@ where
 /// - The CPU has the instructions of `V`.
 /// - Every row and direction reaches to the end of `columns`.
 #[inline(always)]
-#[expect(
-    clippy::needless_range_loop,
-    reason = "closures would be compiled without the wrapper's instructions"
-)]
 unsafe fn last<V, T, const R: usize, const D: usize, const SQUARES: bool, const K: usize>(
     rows: [*const T; R],
     directions: [*const f32; D],
@@ -370,10 +366,6 @@ unsafe fn last<V, T, const R: usize, const D: usize, const SQUARES: bool, const 
 /// - The CPU has the instructions of `V`.
 /// - All rows and the direction have the same length.
 #[inline(always)]
-#[expect(
-    clippy::needless_range_loop,
-    reason = "closures would be compiled without the wrapper's instructions"
-)]
 pub(super) unsafe fn measure<V, T>(
     rows: [&[T]; GROUP],
     direction: Option<&[f32]>,

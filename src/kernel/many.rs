@@ -10,10 +10,10 @@ pub(super) const SIDE_BY_SIDE: usize = 6;
 /// Rows that [`dots`] takes together where there are several: with four directions and one accumulator of each pair
 /// they fill 32 registers.
 pub(super) const ROWS: usize = 6;
-/// Directions whose sums are kept at once, and the columns in which they are made: the directions' part of a block
-/// stays in the first cache while all rows pass.
+/// Directions whose sums are kept at once, and the columns in which they are made: many, for loading and storing the
+/// accumulators takes its time at each turn, yet so few that the rows' part of a block stays near.
 const DIRECTIONS: usize = 8;
-const BLOCK: usize = 1024;
+const BLOCK: usize = 4096;
 
 /// Every row with every direction: `out[r * directions.len() + d]`. Fetches the rows to come in `next`.
 ///
@@ -177,7 +177,7 @@ unsafe fn block<V, T, const D: usize>(
                 let fetched = ((at - columns.start) * size_of::<T>()) >> later.shift;
                 if let Some(ahead) = ahead {
                     for r in 0..ROWS {
-                        V::prefetch(ahead[r].wrapping_add(fetched));
+                        V::prefetch_later(ahead[r].wrapping_add(fetched));
                     }
                 }
                 for d in 0..D {
