@@ -99,9 +99,10 @@ pub struct Steering {
     probe: Probe,
     kernel: Kernel,
     options: SteeringOptions,
-    /// Norm and largest |element| of the vector that is subtracted.
+    /// Norm, largest and smallest |element| of the vector that is subtracted.
     edit_norm: f64,
     edit_peak: f64,
+    edit_least: f32,
     /// The edit needs no score: it is the same for every row, and a row whose norm is no extreme has one.
     blind: bool,
 }
@@ -155,10 +156,11 @@ impl Steering {
             _ => (probe.unit_direction(), probe.unit_norm()),
         };
         let edit_peak = vector.iter().fold(0.0f64, |peak, x| peak.max(f64::from(x.abs())));
+        let edit_least = vector.iter().fold(f32::INFINITY, |least, x| least.min(x.abs()));
         let constant = matches!(options.operation, Operation::Subtract { .. });
         let blind = constant && options.gate.is_none() && every_row_has_a_score(probe);
         let (probe, kernel) = (probe.clone(), probe.bound_kernel());
-        Ok(Steering { probe, kernel, options, edit_norm, edit_peak, blind })
+        Ok(Steering { probe, kernel, options, edit_norm, edit_peak, edit_least, blind })
     }
 
     /// Edits every row in place. `strengths` and `status` have one element per row.
@@ -327,7 +329,7 @@ impl Steering {
             for (i, c) in (first..).step_by(2).zip([[c[0], c[1]], [c[2], c[3]]]) {
                 if c[0] != 0.0 && c[1] != 0.0 {
                     let (pair, next) = rows.pair_and_later::<T>(i, i + ahead);
-                    kernel.edit_pair(pair, self.vector(), c, next);
+                    kernel.edit_pair(pair, self.vector(), self.edit_least, c, next);
                 } else {
                     self.edit::<T>(rows, i, c[0]);
                     self.edit::<T>(rows, i + 1, c[1]);

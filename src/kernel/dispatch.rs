@@ -78,6 +78,8 @@ pub(super) struct Ops<T> {
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
     pub edit: unsafe fn(&mut [T], &[f32], f32),
     pub edit_pair: EditPair<T>,
+    /// The same where every difference is 0 or a normal f32.
+    pub edit_normal_pair: EditPair<T>,
 }
 
 /// Two rows, each with its factor of the direction.
@@ -240,15 +242,27 @@ impl Kernel {
         unsafe { (T::ops(self).0.edit)(row, direction, c) }
     }
 
-    /// [`Kernel::edit`] of two rows, each with its `c`. `next` are rows to come, the second halves of which are fetched
-    /// meanwhile; either may be empty.
-    pub fn edit_pair<T: Scored>(&self, rows: [&mut [T]; 2], direction: &[f32], c: [f32; 2], next: [&[T]; 2]) {
+    /// [`Kernel::edit`] of two rows, each with its `c`, with the same bits. No |element| of the direction is below
+    /// `least`, which may be 0; where it is not, rounding can be faster. `next` are rows to come, the second halves of
+    /// which are fetched meanwhile; either may be empty.
+    pub fn edit_pair<T: Scored>(
+        &self,
+        rows: [&mut [T]; 2],
+        direction: &[f32],
+        least: f32,
+        c: [f32; 2],
+        next: [&[T]; 2],
+    ) {
         assert!(rows.iter().all(|row| row.len() == direction.len()));
         let ahead = std::array::from_fn(|i| Ahead::second_half(next[i], rows[i]));
+        let (ops, normal) = (T::ops(self).0, c.iter().all(|c| c.abs() * least >= NORMAL_PRODUCT));
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.edit_pair)(rows, direction, c, ahead) }
+        unsafe { (if normal { ops.edit_normal_pair } else { ops.edit_pair })(rows, direction, c, ahead) }
     }
 }
+
+/// Where no |product| is smaller, no difference of a row's element and a product is subnormal (contract.md).
+const NORMAL_PRODUCT: f32 = f32::from_bits((127 - 99) << 23);
 
 impl std::fmt::Debug for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -284,7 +298,9 @@ impl Registry {
             if x86::has_avx2() {
                 found.push(&x86::avx2::TABLE);
             }
-            if x86::has_avx512() {
+            if x86::has_avx512_bf16() {
+                found.push(&x86::AVX512_BF16);
+            } else if x86::has_avx512() {
                 found.push(&x86::avx512::TABLE);
             }
         }

@@ -77,6 +77,13 @@ pub(super) trait Memory<T: Element>: Vector {
         }
     }
 
+    /// Stores two registers of which each lane is 0 or a normal f32.
+    #[inline(always)]
+    unsafe fn store_normal_pair(self, second: Self, to: *mut T) {
+        // SAFETY: `to` is good for `2 * LANES` elements.
+        unsafe { self.store_pair(second, to) }
+    }
+
     /// Stores the first `count` lanes.
     #[inline(always)]
     unsafe fn store_first(self, to: *mut T, count: usize) {
@@ -465,13 +472,17 @@ where
     }
 }
 
-/// [`edit`] of two rows, the direction read once for both.
+/// [`edit`] of two rows, the direction read once for both. With `NORMAL` every difference is 0 or a normal f32.
 ///
 /// # Safety
 /// As for [`reduce`], for both rows.
 #[inline(always)]
-pub(super) unsafe fn edit_pair<V, T>(rows: [&mut [T]; 2], direction: &[f32], c: [f32; 2], ahead: [Ahead; 2])
-where
+pub(super) unsafe fn edit_pair<V, T, const NORMAL: bool>(
+    rows: [&mut [T]; 2],
+    direction: &[f32],
+    c: [f32; 2],
+    ahead: [Ahead; 2],
+) where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
@@ -495,8 +506,13 @@ where
                 let (p, q) = <V as Memory<T>>::load_pair(g.add(place));
                 let (x, y) = (x.subtract_scaled(c, v), y.subtract_scaled(c, w));
                 let (p, q) = (p.subtract_scaled(d, v), q.subtract_scaled(d, w));
-                <V as Memory<T>>::store_pair(x, y, h.add(place));
-                <V as Memory<T>>::store_pair(p, q, g.add(place));
+                if NORMAL {
+                    <V as Memory<T>>::store_normal_pair(x, y, h.add(place));
+                    <V as Memory<T>>::store_normal_pair(p, q, g.add(place));
+                } else {
+                    <V as Memory<T>>::store_pair(x, y, h.add(place));
+                    <V as Memory<T>>::store_pair(p, q, g.add(place));
+                }
             }
             at += UNROLL * V::LANES;
         }

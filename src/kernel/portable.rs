@@ -21,6 +21,7 @@ where
         edit_peak: edit_peak::<Portable, T>,
         edit: edit::<Portable, T>,
         edit_pair: edit_pair::<T>,
+        edit_normal_pair: edit_pair::<T>,
     }
 }
 

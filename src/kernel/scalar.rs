@@ -15,6 +15,7 @@ const fn ops<T: Element>() -> Ops<T> {
         edit_peak: edit_peak::<T>,
         edit: edit::<T>,
         edit_pair: edit_pair::<T>,
+        edit_normal_pair: edit_pair::<T>,
     }
 }
 

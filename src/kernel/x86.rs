@@ -21,6 +21,11 @@ pub(super) fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512dq")
 }
 
+/// The same, and that the CPU rounds to bf16 itself.
+pub(super) fn has_avx512_bf16() -> bool {
+    has_avx512() && is_x86_feature_detected!("avx512bf16")
+}
+
 /// Wraps the generic algorithm for one vector and a set of CPU features.
 macro_rules! kernel {
     ($module:ident, $kind:expr, $vector:ty, $features:literal) => {
@@ -29,7 +34,7 @@ macro_rules! kernel {
 
             pub(crate) static TABLE: Table = Table { kind: $kind, f32: ops(), f16: ops(), bf16: ops() };
 
-            const fn ops<T: Element>() -> Ops<T>
+            pub(super) const fn ops<T: Element>() -> Ops<T>
             where
                 $vector: Memory<T>,
             {
@@ -41,6 +46,7 @@ macro_rules! kernel {
                     edit_peak: edit_peak::<T>,
                     edit: edit::<T>,
                     edit_pair: edit_pair::<T>,
+                    edit_normal_pair: edit_pair::<T>,
                 }
             }
 
@@ -128,7 +134,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit_pair::<$vector, T>(rows, direction, c, ahead) }
+                unsafe { generic::edit_pair::<$vector, T, false>(rows, direction, c, ahead) }
             }
         }
     };
@@ -136,6 +142,23 @@ macro_rules! kernel {
 
 kernel!(avx2, KernelKind::Avx2, Ymm, "avx2,fma,f16c");
 kernel!(avx512, KernelKind::Avx512, Zmm, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq");
+
+/// The AVX-512 kernel where the CPU rounds to bf16 itself.
+pub(super) static AVX512_BF16: Table = Table {
+    kind: KernelKind::Avx512,
+    f32: avx512::ops(),
+    f16: avx512::ops(),
+    bf16: Ops { edit_normal_pair, ..avx512::ops() },
+};
+
+/// # Safety
+/// - The CPU has the features named below.
+/// - Rows and direction have the same length.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn edit_normal_pair(rows: [&mut [bf16]; 2], direction: &[f32], c: [f32; 2], ahead: [Ahead; 2]) {
+    // SAFETY: passed on to the caller.
+    unsafe { generic::edit_pair::<Zmm, bf16, true>(rows, direction, c, ahead) }
+}
 
 /// Lane 0 takes lane 2 and lane 1 takes lane 3; then lane 0 takes lane 1.
 ///
@@ -397,6 +420,12 @@ impl Memory<bf16> for Zmm {
     #[inline(always)]
     unsafe fn store_pair(self, second: Self, to: *mut bf16) {
         unsafe { _mm512_storeu_si512(to.cast(), narrow_pair(self.0, second.0)) }
+    }
+
+    // One instruction, which takes subnormals for 0. Only called where the CPU has AVX-512 BF16.
+    #[inline(always)]
+    unsafe fn store_normal_pair(self, second: Self, to: *mut bf16) {
+        unsafe { _mm512_storeu_si512(to.cast(), std::mem::transmute(_mm512_cvtne2ps_pbh(second.0, self.0))) }
     }
 
     #[inline(always)]
