@@ -382,19 +382,21 @@ impl<'a> RowsMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().add(offset), self.layout.cols) }
     }
 
-    /// Two rows, one behind the other, to edit, and two from `later` on, to look at; those are empty beyond the last row.
-    pub(crate) fn pair_and_later<T: Element>(
+    /// `N` rows from `row` on, to edit, and as many from `later` on, to look at; those are empty beyond the last row.
+    pub(crate) fn rows_and_later<T: Element, const N: usize>(
         &mut self,
         row: usize,
         later: usize,
-    ) -> ([&mut [T]; 2], [&[T]; 2]) {
-        assert!(row + 1 < later);
+    ) -> ([&mut [T]; N], [&[T]; N]) {
+        assert!(row + N <= later);
         let rows = self.layout.rows;
-        let seen = [later, later + 1].map(|i| if i < rows { self.as_rows().row::<T>(i) } else { &[] });
-        // SAFETY: of lifetimes only: rows never overlap, and all borrows end with that of `self`.
-        let seen = seen.map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr(), row.len()) });
-        let edited = [row, row + 1].map(|i| {
-            let row = self.row_mut::<T>(i);
+        let seen = std::array::from_fn(|k| {
+            let row = if later + k < rows { self.as_rows().row::<T>(later + k) } else { &[] };
+            // SAFETY: of lifetimes only: rows never overlap, and all borrows end with that of `self`.
+            unsafe { std::slice::from_raw_parts(row.as_ptr(), row.len()) }
+        });
+        let edited = std::array::from_fn(|k| {
+            let row = self.row_mut::<T>(row + k);
             // SAFETY: as above.
             unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr(), row.len()) }
         });

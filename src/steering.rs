@@ -303,7 +303,7 @@ impl Steering {
         }
     }
 
-    /// All rows, some at a time: measured side by side, then edited two by two while they are still in the second cache;
+    /// All rows, some at a time: measured side by side, then edited while they are still in the second cache;
     /// meanwhile the rows to come are fetched into it, the first halves and then the second. `decide` as above, from
     /// the dot product, where it is not `blind`, and the sum of squares.
     fn grouped<T: Scored>(
@@ -326,14 +326,11 @@ impl Steering {
             for k in 0..GROUP {
                 c[k] = decide(first + k, now[k], seen[k].0, Some(seen[k].1));
             }
-            for (i, c) in (first..).step_by(2).zip([[c[0], c[1]], [c[2], c[3]]]) {
-                if c[0] != 0.0 && c[1] != 0.0 {
-                    let (pair, next) = rows.pair_and_later::<T>(i, i + ahead);
-                    kernel.edit_pair(pair, self.vector(), self.edit_least, c, next);
-                } else {
-                    self.edit::<T>(rows, i, c[0]);
-                    self.edit::<T>(rows, i + 1, c[1]);
-                }
+            if c.iter().all(|c| *c != 0.0) {
+                let (group, next) = rows.rows_and_later::<T, GROUP>(first, first + ahead);
+                kernel.edit_group(group, self.vector(), self.edit_least, c, next);
+            } else {
+                (first..).zip(c).for_each(|(i, c)| self.edit::<T>(rows, i, c));
             }
         }
         for i in whole..count {

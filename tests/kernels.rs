@@ -131,31 +131,39 @@ fn many_dot_products_at_once_have_the_bits_of_each_alone() {
 }
 
 #[test]
-fn two_rows_edited_at_once_have_the_bits_of_each_alone() {
+fn rows_edited_at_once_have_the_bits_of_each_alone() {
     fn body<T: Scored>() {
         for kernel in kernels() {
             for width in widths() {
                 let mut direction = fill::<f32>(width, 127, 0.11);
                 direction.iter_mut().filter(|u| **u == 0.0).for_each(|u| *u = 0.01);
                 let least = direction.iter().fold(f32::INFINITY, |least, u| least.min(u.abs()));
-                let mut rows = [fill::<T>(width + 3, 251, 1.3), fill::<T>(width + 3, 241, 0.9)];
+                let mut rows = [251, 241, 239, 233].map(|period| fill::<T>(width + 3, period, 1.3));
                 // Sizes down to subnormals beside factors whose products are as small: nothing may be taken for zero.
                 for (i, h) in rows[0].iter_mut().enumerate() {
                     *h = T::from_f32(h.to_f32() * 2f32.powi(-(i as i32 * 7 % 140)));
                 }
-                for c in
-                    [[0.37, -2.5], [2f32.powi(-94), 2f32.powi(-90)], [2f32.powi(-120), 1.0], [1e-37, 1e-38]]
-                {
+                for c in [
+                    [0.37, -2.5, 1.0, -1.0],
+                    [2f32.powi(-85), -2f32.powi(-83), 0.37, 1.0],
+                    [2f32.powi(-120), 1.0, 1.0, 1.0],
+                    [1e-37, 1e-38, -1e-38, 1e-39],
+                ] {
                     for least in [least, 0.0] {
-                        let (mut alone, mut both) = (rows.clone(), rows.clone());
+                        let (mut alone, mut group) = (rows.clone(), rows.clone());
                         alone.iter_mut().zip(c).for_each(|(row, c)| {
                             kernel.edit(&mut row[1..][..width], &direction, c);
                         });
-                        let [first, second] = &mut both;
-                        let pair = [&mut first[1..][..width], &mut second[1..][..width]];
-                        kernel.edit_pair(pair, &direction, least, c, [&rows[0][1..][..width], &[]]);
-                        for (alone, both) in alone.iter().zip(&both) {
-                            assert_eq!(bits(alone), bits(both), "{kernel:?} {width} {c:?} {least}");
+                        let edited = group.each_mut().map(|row| &mut row[1..][..width]);
+                        kernel.edit_group(
+                            edited,
+                            &direction,
+                            least,
+                            c,
+                            [&rows[0][1..][..width], &[], &[], &[]],
+                        );
+                        for (alone, group) in alone.iter().zip(&group) {
+                            assert_eq!(bits(alone), bits(group), "{kernel:?} {width} {c:?} {least}");
                         }
                     }
                 }

@@ -77,13 +77,13 @@ pub(super) struct Ops<T> {
     pub dots: Dots<T>,
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
     pub edit: unsafe fn(&mut [T], &[f32], f32),
-    pub edit_pair: EditPair<T>,
+    pub edit_group: EditGroup<T>,
     /// The same where every difference is 0 or a normal f32.
-    pub edit_normal_pair: EditPair<T>,
+    pub edit_normal_group: EditGroup<T>,
 }
 
-/// Two rows, each with its factor of the direction.
-type EditPair<T> = unsafe fn([&mut [T]; 2], &[f32], [f32; 2], [Ahead; 2]);
+/// Rows, each with its factor of the direction.
+type EditGroup<T> = unsafe fn([&mut [T]; GROUP], &[f32], [f32; GROUP], [Ahead; GROUP]);
 
 /// Dot product, where there is a direction, and sum of squares of each row.
 type Measure<T> = unsafe fn([&[T]; GROUP], Option<&[f32]>, [Ahead; GROUP]) -> [(f32, f32); GROUP];
@@ -173,7 +173,7 @@ impl Kernel {
         self.0.kind
     }
 
-    /// Rows that [`Kernel::measure`] takes.
+    /// Rows that [`Kernel::measure`] and [`Kernel::edit_group`] take.
     pub const GROUP: usize = generic::GROUP;
     /// Rows that [`Kernel::dots`] does best together with several directions.
     pub(crate) const ROWS: usize = many::ROWS;
@@ -242,22 +242,22 @@ impl Kernel {
         unsafe { (T::ops(self).0.edit)(row, direction, c) }
     }
 
-    /// [`Kernel::edit`] of two rows, each with its `c`, with the same bits. No |element| of the direction is below
+    /// [`Kernel::edit`] of some rows, each with its `c`, with the same bits. No |element| of the direction is below
     /// `least`, which may be 0; where it is not, rounding can be faster. `next` are rows to come, the second halves of
-    /// which are fetched meanwhile; either may be empty.
-    pub fn edit_pair<T: Scored>(
+    /// which are fetched meanwhile; any of them may be empty.
+    pub fn edit_group<T: Scored>(
         &self,
-        rows: [&mut [T]; 2],
+        rows: [&mut [T]; Kernel::GROUP],
         direction: &[f32],
         least: f32,
-        c: [f32; 2],
-        next: [&[T]; 2],
+        c: [f32; Kernel::GROUP],
+        next: [&[T]; Kernel::GROUP],
     ) {
         assert!(rows.iter().all(|row| row.len() == direction.len()));
         let ahead = std::array::from_fn(|i| Ahead::second_half(next[i], rows[i]));
         let (ops, normal) = (T::ops(self).0, c.iter().all(|c| c.abs() * least >= NORMAL_PRODUCT));
         // SAFETY: as in `dot`.
-        unsafe { (if normal { ops.edit_normal_pair } else { ops.edit_pair })(rows, direction, c, ahead) }
+        unsafe { (if normal { ops.edit_normal_group } else { ops.edit_group })(rows, direction, c, ahead) }
     }
 }
 

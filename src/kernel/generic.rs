@@ -472,52 +472,89 @@ where
     }
 }
 
-/// [`edit`] of two rows, the direction read once for both. With `NORMAL` every difference is 0 or a normal f32.
+/// [`edit`] of some rows, each with its `c`. With `NORMAL` every difference is 0 or a normal f32.
 ///
 /// # Safety
-/// As for [`reduce`], for both rows.
+/// As for [`reduce`], for all rows.
 #[inline(always)]
-pub(super) unsafe fn edit_pair<V, T, const NORMAL: bool>(
-    rows: [&mut [T]; 2],
+pub(super) unsafe fn edit_group<V, T, const NORMAL: bool>(
+    rows: [&mut [T]; GROUP],
     direction: &[f32],
-    c: [f32; 2],
-    ahead: [Ahead; 2],
+    c: [f32; GROUP],
+    ahead: [Ahead; GROUP],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let h = rows.map(<[T]>::as_mut_ptr);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        // All side by side where nothing is converted, which takes registers and time of its own.
+        if V::REGISTERS >= 32 && size_of::<T>() == size_of::<f32>() {
+            return edit_beside::<V, T, GROUP, NORMAL>(h, direction, c, ahead);
+        }
+        for k in [0, 2] {
+            let (h, c, ahead) = ([h[k], h[k + 1]], [c[k], c[k + 1]], [ahead[k], ahead[k + 1]]);
+            edit_beside::<V, T, 2, NORMAL>(h, direction, c, ahead);
+        }
+    }
+}
+
+/// `R` rows side by side, the direction read once for all.
+///
+/// # Safety
+/// As for [`edit_group`].
+#[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "closures would be compiled without the wrapper's instructions"
+)]
+unsafe fn edit_beside<V, T, const R: usize, const NORMAL: bool>(
+    h: [*mut T; R],
+    direction: &[f32],
+    c: [f32; R],
+    ahead: [Ahead; R],
 ) where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
     let (width, u) = (direction.len(), direction.as_ptr());
-    let [first, second] = rows;
-    let (h, g) = (first.as_mut_ptr(), second.as_mut_ptr());
     // SAFETY: `at + count <= width` at every access.
     unsafe {
-        let (c, d) = (V::splat(c[0]), V::splat(c[1]));
+        let mut factors = [V::splat(0.0); R];
+        for r in 0..R {
+            factors[r] = V::splat(c[r]);
+        }
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
-            ahead[0].fetch::<V, T>(at);
-            ahead[1].fetch::<V, T>(at);
+            for r in 0..R {
+                ahead[r].fetch::<V, T>(at);
+            }
             for k in 0..UNROLL / 2 {
                 let place = at + 2 * k * V::LANES;
-                let v = <V as Memory<f32>>::load(u.add(place));
-                let w = <V as Memory<f32>>::load(u.add(place + V::LANES));
-                // Both rows are loaded before either is stored: where they lie whole pages apart, a load would wait for
-                // the store before it.
-                let (x, y) = <V as Memory<T>>::load_pair(h.add(place));
-                let (p, q) = <V as Memory<T>>::load_pair(g.add(place));
-                let (x, y) = (x.subtract_scaled(c, v), y.subtract_scaled(c, w));
-                let (p, q) = (p.subtract_scaled(d, v), q.subtract_scaled(d, w));
-                if NORMAL {
-                    <V as Memory<T>>::store_normal_pair(x, y, h.add(place));
-                    <V as Memory<T>>::store_normal_pair(p, q, g.add(place));
-                } else {
-                    <V as Memory<T>>::store_pair(x, y, h.add(place));
-                    <V as Memory<T>>::store_pair(p, q, g.add(place));
+                let y = <V as Memory<f32>>::load(u.add(place));
+                let z = <V as Memory<f32>>::load(u.add(place + V::LANES));
+                // All rows are loaded before one is stored: where they lie whole pages apart, a load would wait for the
+                // store before it.
+                let mut edited = [(y, z); R];
+                for r in 0..R {
+                    let (x, w) = <V as Memory<T>>::load_pair(h[r].add(place));
+                    edited[r] = (x.subtract_scaled(factors[r], y), w.subtract_scaled(factors[r], z));
+                }
+                for r in 0..R {
+                    let (x, w) = edited[r];
+                    if NORMAL {
+                        <V as Memory<T>>::store_normal_pair(x, w, h[r].add(place));
+                    } else {
+                        <V as Memory<T>>::store_pair(x, w, h[r].add(place));
+                    }
                 }
             }
             at += UNROLL * V::LANES;
         }
-        edit_last::<V, T>(h, u, c, at..width);
-        edit_last::<V, T>(g, u, d, at..width);
+        for r in 0..R {
+            edit_last::<V, T>(h[r], u, factors[r], at..width);
+        }
     }
 }
 

@@ -20,8 +20,8 @@ where
         dots: dots::<Portable, T>,
         edit_peak: edit_peak::<Portable, T>,
         edit: edit::<Portable, T>,
-        edit_pair: edit_pair::<T>,
-        edit_normal_pair: edit_pair::<T>,
+        edit_group: edit_group::<T>,
+        edit_normal_group: edit_group::<T>,
     }
 }
 
@@ -65,9 +65,13 @@ where
 /// One row after the other, for the same reason.
 ///
 /// # Safety
-/// As for [`reduce`], for both rows.
-unsafe fn edit_pair<T: Element>(rows: [&mut [T]; 2], direction: &[f32], c: [f32; 2], _: [Ahead; 2])
-where
+/// As for [`reduce`], for all rows.
+unsafe fn edit_group<T: Element>(
+    rows: [&mut [T]; GROUP],
+    direction: &[f32],
+    c: [f32; GROUP],
+    _: [Ahead; GROUP],
+) where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.

@@ -14,8 +14,8 @@ const fn ops<T: Element>() -> Ops<T> {
         dots: dots::<T>,
         edit_peak: edit_peak::<T>,
         edit: edit::<T>,
-        edit_pair: edit_pair::<T>,
-        edit_normal_pair: edit_pair::<T>,
+        edit_group: edit_group::<T>,
+        edit_normal_group: edit_group::<T>,
     }
 }
 
@@ -52,7 +52,7 @@ fn edit_peak<T: Element>(row: &[T], direction: &[f32], c: f32) -> f32 {
     row.iter().zip(direction).map(|(h, u)| (h.to_f32() - c * u).abs()).fold(0.0, f32::max)
 }
 
-fn edit_pair<T: Element>(rows: [&mut [T]; 2], direction: &[f32], c: [f32; 2], _: [Ahead; 2]) {
+fn edit_group<T: Element>(rows: [&mut [T]; GROUP], direction: &[f32], c: [f32; GROUP], _: [Ahead; GROUP]) {
     rows.into_iter().zip(c).for_each(|(row, c)| edit(row, direction, c));
 }
 

@@ -45,8 +45,8 @@ macro_rules! kernel {
                     dots: dots::<T>,
                     edit_peak: edit_peak::<T>,
                     edit: edit::<T>,
-                    edit_pair: edit_pair::<T>,
-                    edit_normal_pair: edit_pair::<T>,
+                    edit_group: edit_group::<T>,
+                    edit_normal_group: edit_group::<T>,
                 }
             }
 
@@ -123,18 +123,18 @@ macro_rules! kernel {
             }
 
             /// # Safety
-            /// As for [`dot`], for both rows.
+            /// As for [`dot`], for all rows.
             #[target_feature(enable = $features)]
-            unsafe fn edit_pair<T: Element>(
-                rows: [&mut [T]; 2],
+            unsafe fn edit_group<T: Element>(
+                rows: [&mut [T]; GROUP],
                 direction: &[f32],
-                c: [f32; 2],
-                ahead: [Ahead; 2],
+                c: [f32; GROUP],
+                ahead: [Ahead; GROUP],
             ) where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit_pair::<$vector, T, false>(rows, direction, c, ahead) }
+                unsafe { generic::edit_group::<$vector, T, false>(rows, direction, c, ahead) }
             }
         }
     };
@@ -148,16 +148,21 @@ pub(super) static AVX512_BF16: Table = Table {
     kind: KernelKind::Avx512,
     f32: avx512::ops(),
     f16: avx512::ops(),
-    bf16: Ops { edit_normal_pair, ..avx512::ops() },
+    bf16: Ops { edit_normal_group, ..avx512::ops() },
 };
 
 /// # Safety
 /// - The CPU has the features named below.
 /// - Rows and direction have the same length.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn edit_normal_pair(rows: [&mut [bf16]; 2], direction: &[f32], c: [f32; 2], ahead: [Ahead; 2]) {
+unsafe fn edit_normal_group(
+    rows: [&mut [bf16]; GROUP],
+    direction: &[f32],
+    c: [f32; GROUP],
+    ahead: [Ahead; GROUP],
+) {
     // SAFETY: passed on to the caller.
-    unsafe { generic::edit_pair::<Zmm, bf16, true>(rows, direction, c, ahead) }
+    unsafe { generic::edit_group::<Zmm, bf16, true>(rows, direction, c, ahead) }
 }
 
 /// Lane 0 takes lane 2 and lane 1 takes lane 3; then lane 0 takes lane 1.
