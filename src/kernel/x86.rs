@@ -430,7 +430,10 @@ impl Memory<bf16> for Zmm {
     // One instruction, which takes subnormals for 0. Only called where the CPU has AVX-512 BF16.
     #[inline(always)]
     unsafe fn store_normal_pair(self, second: Self, to: *mut bf16) {
-        unsafe { _mm512_storeu_si512(to.cast(), std::mem::transmute(_mm512_cvtne2ps_pbh(second.0, self.0))) }
+        unsafe {
+            let rounded = _mm512_cvtne2ps_pbh(second.0, self.0);
+            _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
+        }
     }
 
     #[inline(always)]
