@@ -383,12 +383,12 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
     let kernel = probes[0].as_ref().inner.kernel;
     let (count, mut nonfinite) = (rows.rows(), 0);
     let row = |i: usize| if i < count { rows.row::<T>(i) } else { &[] };
-    for batch in Batch::all::<{ Kernel::ROWS }>(count) {
+    for first in (0..count).step_by(Kernel::ROWS) {
         let (mut block, mut next, mut finite) =
             ([&[][..]; Kernel::ROWS], [&[][..]; Kernel::ROWS], [true; Kernel::ROWS]);
-        let present = batch.len();
-        for (r, i) in batch.rows().enumerate() {
-            (block[r], next[r]) = (row(i), row(i + 1));
+        let present = Kernel::ROWS.min(count - first);
+        for r in 0..present {
+            (block[r], next[r]) = (row(first + r), row(first + Kernel::ROWS + r));
         }
         for (at, together) in probes.chunks(TOGETHER).enumerate() {
             let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
@@ -397,7 +397,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
             let dots = &mut dots[..present * together.len()];
             let next = if at == 0 { &next[..] } else { &[] };
             kernel.dots(&block[..present], &directions[..together.len()], next, dots);
-            for ((i, dots), finite) in batch.rows().zip(dots.chunks_exact(together.len())).zip(&mut finite) {
+            for ((i, dots), finite) in (first..).zip(dots.chunks_exact(together.len())).zip(&mut finite) {
                 let scores = &mut scores[i * probes.len() + at * TOGETHER..];
                 for ((probe, dot), score) in together.iter().zip(dots).zip(scores) {
                     let projection = probe.as_ref().projection(*dot);
@@ -406,7 +406,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
                 }
             }
         }
-        for (i, finite) in batch.rows().zip(finite) {
+        for (i, finite) in (first..).zip(finite).take(present) {
             nonfinite += usize::from(!finite);
             if let Some(status) = status {
                 status[i] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };
