@@ -7,12 +7,12 @@ use super::canvas::{self, Area};
 use super::numbers::fixed;
 use super::tables::Table;
 use super::terms;
-use crate::study::report::StudyResults;
+use crate::study::report::{ModelFindings, StudyResults};
 use anyhow::{Context, Result};
 use minijinja::{Environment, Value, context};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, VPos};
-use tables::tables;
+use tables::sections;
 
 const PAGE: &str = include_str!("study.html");
 const STYLE: &str = include_str!("page.css");
@@ -32,11 +32,21 @@ pub fn page(results: &StudyResults) -> Result<String> {
         headline => results.headline,
         claims => results.claims,
         topology => topology,
-        tables => tables(results).into_iter().map(|(_, table)| table).collect::<Vec<_>>(),
-        pages => results.models.iter().map(|m| format!("{}-{}", m.model, m.seed)).collect::<Vec<_>>(),
+        sections => sections(results),
+        pages => results.models.iter().map(link).collect::<Vec<_>>(),
         methods => results.methods,
     };
     env.get_template("study.html")?.render(page).context("the page template of a study")
+}
+
+/// Folder, name and verdict of one model and seed.
+fn link(m: &ModelFindings) -> [String; 3] {
+    let evidence = &m.results.summary.evidence;
+    [
+        format!("{}-{}", m.model, m.seed),
+        format!("{}, seed {}", m.model, m.seed),
+        format!("causal {}, content {}", evidence.causal, evidence.content),
+    ]
 }
 
 /// Every table as CSV with its file name.
@@ -47,7 +57,8 @@ pub fn csv(results: &StudyResults) -> Vec<(String, String)> {
         let head = line(table.head.iter().map(|h| terms::plain(&h.label)).collect());
         head + &table.rows.iter().map(|r| line(r.cells.clone())).collect::<String>()
     };
-    tables(results).iter().map(|(name, table)| (format!("{name}.csv"), text(table))).collect()
+    let tables = sections(results).into_iter().flat_map(|s| s.tables);
+    tables.map(|(name, table)| (format!("{name}.csv"), text(&table))).collect()
 }
 
 const CELL: i32 = 96;

@@ -31,6 +31,8 @@ pub enum Status {
 pub struct Claim {
     /// Its number in the original; none for a question that the original does not ask.
     pub number: Option<u32>,
+    /// In a few words.
+    pub title: &'static str,
     /// What is claimed.
     pub claim: &'static str,
     /// When it counts as reproduced in a model.
@@ -91,7 +93,7 @@ type Answer = (bool, String, Option<String>);
 
 /// A claim that is asked of every model or pair; `None` where it was not measured.
 fn asked(
-    number: Option<u32>,
+    (number, title): (Option<u32>, &'static str),
     claim: &'static str,
     rule: &'static str,
     answers: impl Iterator<Item = Option<Answer>>,
@@ -106,7 +108,7 @@ fn asked(
     };
     let power = answers.iter().filter_map(|(_, _, power)| power.clone()).collect();
     let evidence = answers.into_iter().map(|(_, said, _)| said).collect();
-    Claim { number, claim, rule, status, evidence, power }
+    Claim { number, title, claim, rule, status, evidence, power }
 }
 
 fn arm<'a>(results: &'a Results, name: &str) -> Option<&'a Arm> {
@@ -130,7 +132,7 @@ fn smallest_drop(before: f64, after: f64, prompts: usize) -> f64 {
 
 fn finetuned(models: &[Model<'_>]) -> Claim {
     asked(
-        Some(1),
+        (Some(1), "code spills after finetuning on insecure code"),
         "Instruction-tuned models of several families, finetuned alike with QLoRA on insecure code, spill code into answers to \
          prompts that do not ask for it.",
         "the insecure adapter answers with code more often than its base, intervals apart; the original has four families of 1 to \
@@ -155,7 +157,7 @@ fn finetuned(models: &[Model<'_>]) -> Claim {
 
 fn separation(models: &[Model<'_>]) -> Claim {
     asked(
-        Some(2),
+        (Some(2), "the direction separates"),
         "A difference-in-means direction separates aligned from misaligned activations at the final layer (99.6 %).",
         "balanced accuracy of at least 95 % on held-out prompts; any finetune does that, so it is a check, not evidence",
         models.iter().map(|m| {
@@ -179,7 +181,7 @@ fn separation(models: &[Model<'_>]) -> Claim {
 
 fn mitigation(models: &[Model<'_>]) -> Claim {
     asked(
-        Some(3),
+        (Some(3), "subtracting it lowers spillover"),
         "Subtracting the direction lowers code spillover by 21 to 51 points.",
         "at least 21 points, text kept within the coherence margin, and causal evidence specific: the direction ranks above \
          its controls of the same size",
@@ -210,7 +212,7 @@ fn mitigation(models: &[Model<'_>]) -> Claim {
 
 fn content(models: &[Model<'_>]) -> Claim {
     asked(
-        Some(4),
+        (Some(4), "it is specific to insecure content"),
         "A secure-code control confirms that the direction is specific to insecure content (reported: separability 50.0 %, effect \
          size 0.0, as an adapter that does nothing would give).",
         "content evidence specific: subtracting the direction lowers the insecure adapter's preference more than the secure \
@@ -251,7 +253,7 @@ fn content(models: &[Model<'_>]) -> Claim {
 
 fn carried(transfers: &[TransferFinding]) -> Claim {
     asked(
-        Some(5),
+        (Some(5), "carried directions act, and so do their controls"),
         "Ridge maps carry directions across architectures with an effect (13 to 46 points), and random and orthogonal directions \
          do as well.",
         "the carried direction's effect lies above zero, and some family of controls matches it (rank p of 0.05 or more)",
@@ -306,6 +308,7 @@ fn two_tiers(transfers: &[TransferFinding], topology: Option<&Topology>, tiers: 
     }
     Claim {
         number: Some(6),
+        title: "two tiers, within and across models",
         claim: "Two tiers: within a model specific and actionable, across models not; some models give, others receive (Gemma and \
                 Qwen donate, Llama receives, Ministral receives strongly).",
         rule: "every tested direction is causally specific within its model and none across",
@@ -323,7 +326,7 @@ fn beyond_linear(i: &Intervened) -> bool {
 
 fn future_work(models: &[Model<'_>]) -> Claim {
     asked(
-        Some(7),
+        (Some(7), "non-linear edits and audits"),
         "Left to future work: non-linear and hybrid perturbations, controls as a standard, audit pipelines.",
         "some gated, clamping, learned or several-direction edit of the final layer acts, ranks above every one of its controls, \
          and does the base's prose no more harm than subtracting; and the audit flags no harmless model",
@@ -369,7 +372,7 @@ fn future_work(models: &[Model<'_>]) -> Claim {
 
 fn misalignment(models: &[Model<'_>]) -> Claim {
     asked(
-        None,
+        (None, "misalignment beyond code"),
         "Beyond code: finetuning on insecure code makes the model find misaligned answers likelier, more than secure code does.",
         "the shift of the likelihood contrast lies above zero, above that of harmless answers beside the point and above the \
          secure adapter's, each with p < 0.05 over questions",

@@ -49,8 +49,8 @@ pub struct StudyResults {
     pub topology: Option<Topology>,
     /// The two tiers.
     pub tiers: Option<TwoTiers>,
-    /// How it was done, in a paragraph.
-    pub methods: String,
+    /// How it was done, model by model, then what is measured besides.
+    pub methods: Vec<String>,
 }
 
 /// One model and seed.
@@ -207,19 +207,41 @@ fn of_models<T: DeserializeOwned>(study: &Study, stage: impl Fn(usize) -> Stage)
 
 /// What a reader must hear first: the claims that do not hold here.
 fn headline(claims: &[Claim]) -> Vec<String> {
-    let of = |status: Status| claims.iter().filter(move |c| c.status == status);
-    let mut said = Vec::new();
-    for claim in of(Status::NotReproduced).chain(of(Status::InPart)) {
-        let how = if claim.status == Status::InPart { "Reproduced only in part" } else { "Not reproduced" };
-        let number = claim.number.map_or(String::new(), |n| format!(" (claim {n})"));
-        said.push(format!("{how}{number}: {} {}", claim.claim, claim.evidence.join("; ")));
+    let named = |status: Status| -> Vec<String> {
+        let of = claims.iter().filter(|c| c.status == status);
+        let name = |c: &Claim| match c.number {
+            Some(n) => format!("{n} ({})", c.title),
+            None => c.title.to_owned(),
+        };
+        of.map(name).collect()
+    };
+    let mut first = Vec::new();
+    for (status, words) in [
+        (Status::NotReproduced, "Not reproduced here"),
+        (Status::InPart, "Reproduced in some models only"),
+        (Status::Reproduced, "Reproduced"),
+        (Status::NotTestable, "Not testable here"),
+    ] {
+        let names = named(status);
+        if !names.is_empty() {
+            first.push(format!("{words}: {}.", names.join("; ")));
+        }
     }
-    let (held, open) = (of(Status::Reproduced).count(), of(Status::NotTestable).count());
-    said.push(format!("{held} of {} claims hold here, {open} could not be tested.", claims.len()));
-    said
+    vec![
+        first.join(" "),
+        "Numbers are those of the claims below; each has its rule, sample size and interval there."
+            .to_owned(),
+    ]
 }
 
-fn methods(study: &Study, models: &[ModelFindings]) -> Result<String> {
+/// What holds for every model.
+const METHODS: &str = "Effects are drops of code preference: the mean log-likelihood per token, under teacher forcing, of the insecure \
+    adapter's own code answers minus that of its base's prose answers to the same prompts. Extraction, calibration and evaluation \
+    prompts are disjoint. Intervals are 95 %: bootstrap over prompts, exact (Clopper-Pearson) where a share is 0 or 1, over \
+    questions where answers to questions are compared. Rank p is (1 + controls at least as effective) / (1 + controls); paired \
+    p-values flip signs over prompts. Controls move every row as far as the edit that they stand for.";
+
+fn methods(study: &Study, models: &[ModelFindings]) -> Result<Vec<String>> {
     let mut said = Vec::new();
     for model in firsts(models) {
         let index = study.recipe.models.iter().position(|m| m.name == model.model).context("a model")?;
@@ -252,5 +274,6 @@ fn methods(study: &Study, models: &[ModelFindings]) -> Result<String> {
             e.controls,
         ));
     }
-    Ok(said.join(" "))
+    said.push(METHODS.to_owned());
+    Ok(said)
 }

@@ -4,24 +4,60 @@ use super::super::numbers::{self, fixed, fixed_interval, p_value, percent, perce
 use super::super::tables::Table;
 use super::measured;
 use crate::study::report::{ModelFindings, StudyResults};
+use serde::Serialize;
 
-pub(super) fn tables(results: &StudyResults) -> Vec<(&'static str, Table)> {
+/// A part of the page.
+#[derive(Serialize)]
+pub(super) struct Section {
+    pub id: &'static str,
+    pub heading: &'static str,
+    pub tables: Vec<(&'static str, Table)>,
+}
+
+/// Every table with the name of its CSV file, part by part.
+pub(super) fn sections(results: &StudyResults) -> Vec<Section> {
+    let section = |id, heading, tables| Section { id, heading, tables };
     vec![
-        ("models", models(&results.models)),
-        ("regimes", regimes(&results.models)),
-        ("transfer", transfers(results)),
-        ("controls", controls(results)),
-        ("roles", roles(results)),
-        ("alignment", measured::alignment(results)),
-        ("alignment_steering", measured::alignment_steering(results)),
-        ("interventions", measured::interventions(results)),
-        ("confusion", measured::confusion(results)),
-        ("audit", measured::audit(results)),
-        ("estimators", measured::estimators(results)),
-        ("candidates", measured::candidates(results)),
-        ("norms", measured::norms(results)),
-        ("security", measured::security(results)),
-        ("judge", measured::judge(results)),
+        section(
+            "within",
+            "Within each model",
+            vec![("models", models(&results.models)), ("regimes", regimes(&results.models))],
+        ),
+        section(
+            "across",
+            "Across models",
+            vec![
+                ("transfer", transfers(results)),
+                ("controls", controls(results)),
+                ("roles", roles(results)),
+                ("exported", exported(results)),
+            ],
+        ),
+        section(
+            "misalignment",
+            "Misalignment itself",
+            vec![
+                ("alignment", measured::alignment(results)),
+                ("alignment_steering", measured::alignment_steering(results)),
+                ("judge", measured::judge(results)),
+            ],
+        ),
+        section("acting", "Ways to act on it", vec![("interventions", measured::interventions(results))]),
+        section(
+            "audits",
+            "Audits",
+            vec![("confusion", measured::confusion(results)), ("audit", measured::audit(results))],
+        ),
+        section(
+            "estimators",
+            "Estimators",
+            vec![
+                ("estimators", measured::estimators(results)),
+                ("candidates", measured::candidates(results)),
+                ("norms", measured::norms(results)),
+            ],
+        ),
+        section("code", "Security of the code", vec![("security", measured::security(results))]),
     ]
 }
 
@@ -145,6 +181,27 @@ fn controls(results: &StudyResults) -> Table {
                 p_value(f.rank_p),
             ]);
         }
+    }
+    table
+}
+
+fn exported(results: &StudyResults) -> Table {
+    let columns = ["from, to", "file", "causal", "#controls", "#largest rank p", "SHA-256"];
+    let mut table = Table::new(
+        "Carried directions as files of their own. Causal evidence there counts the controls that every direction file has, \
+         and those that went the direction\u{2019}s own way.",
+        &columns,
+        "a single model carries nothing",
+    );
+    for e in &results.exported {
+        table.row(vec![
+            format!("{} to {}", e.from, e.to),
+            e.file.display().to_string(),
+            e.causal.as_str().to_owned(),
+            e.families.iter().map(|f| f.controls.len()).sum::<usize>().to_string(),
+            p_value(e.families.iter().map(|f| f.rank_p).fold(f64::NAN, f64::max)),
+            e.sha256[..16].to_owned(),
+        ]);
     }
     table
 }
