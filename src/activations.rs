@@ -382,12 +382,24 @@ impl<'a> RowsMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().add(offset), self.layout.cols) }
     }
 
-    /// One row, to edit, and a later one, to look at; that one is empty beyond the last row.
-    pub(crate) fn row_and_later<T: Element>(&mut self, row: usize, later: usize) -> (&mut [T], &[T]) {
-        assert!(row < later);
-        let later: &[T] = if later < self.layout.rows { self.as_rows().row(later) } else { &[] };
-        // SAFETY: of lifetimes only: rows never overlap, and both borrows end with that of `self`.
-        let later = unsafe { std::slice::from_raw_parts(later.as_ptr(), later.len()) };
-        (self.row_mut(row), later)
+    /// `N` rows from `row` on, to edit, and as many from `later` on, to look at; those are empty beyond the last row.
+    pub(crate) fn rows_and_later<T: Element, const N: usize>(
+        &mut self,
+        row: usize,
+        later: usize,
+    ) -> ([&mut [T]; N], [&[T]; N]) {
+        assert!(row + N <= later);
+        let rows = self.layout.rows;
+        let seen = std::array::from_fn(|k| {
+            let row = if later + k < rows { self.as_rows().row::<T>(later + k) } else { &[] };
+            // SAFETY: of lifetimes only: rows never overlap, and all borrows end with that of `self`.
+            unsafe { std::slice::from_raw_parts(row.as_ptr(), row.len()) }
+        });
+        let edited = std::array::from_fn(|k| {
+            let row = self.row_mut::<T>(row + k);
+            // SAFETY: as above.
+            unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr(), row.len()) }
+        });
+        (edited, seen)
     }
 }

@@ -4,7 +4,7 @@ use crate::activations::{Dtype, Element, Rows, RowsMut};
 use crate::directions::schema::Specificity;
 use crate::error::{Error, Result};
 use crate::kernel::{Kernel, Scored};
-use crate::probe::{Batch, Probe, Projection, RowStatus, ScoreUnit, check_length};
+use crate::probe::{Probe, Projection, RowStatus, ScoreUnit, check_length};
 use half::{bf16, f16};
 
 mod landing;
@@ -99,19 +99,19 @@ pub struct Steering {
     probe: Probe,
     kernel: Kernel,
     options: SteeringOptions,
-    /// Norm and largest |element| of the vector that is subtracted.
+    /// Norm, largest and smallest |element| of the vector that is subtracted.
     edit_norm: f64,
     edit_peak: f64,
+    edit_least: f32,
     /// The edit needs no score: it is the same for every row, and a row whose norm is no extreme has one.
     blind: bool,
 }
 
-/// How far ahead of the row in work memory is fetched where a row is edited as soon as it is read: at least two rows,
-/// and this many bytes.
+/// How far ahead of the rows in work memory is fetched: at least to the next group of rows, and this many bytes.
 const AHEAD: usize = 16 << 10;
 
-/// A row's dot product, and its sum of squares where that is known already.
-type Seen = (f32, Option<f32>);
+/// Rows behind a gate that are scored before any of them is edited.
+const SCORED_AHEAD: usize = 256;
 
 /// What is to be done to one row: `h -= c * vector`, and nothing when `c` is 0.
 struct Decision {
@@ -123,19 +123,6 @@ struct Decision {
 impl Decision {
     fn leave(status: RowStatus) -> Self {
         Decision { status, c: 0.0, dose: 0.0 }
-    }
-}
-
-/// What became of one row.
-struct Outcome {
-    status: RowStatus,
-    dose: f64,
-    touched: bool,
-}
-
-impl Outcome {
-    fn untouched(status: RowStatus) -> Self {
-        Outcome { status, dose: 0.0, touched: false }
     }
 }
 
@@ -169,10 +156,11 @@ impl Steering {
             _ => (probe.unit_direction(), probe.unit_norm()),
         };
         let edit_peak = vector.iter().fold(0.0f64, |peak, x| peak.max(f64::from(x.abs())));
+        let edit_least = vector.iter().fold(f32::INFINITY, |least, x| least.min(x.abs()));
         let constant = matches!(options.operation, Operation::Subtract { .. });
         let blind = constant && options.gate.is_none() && every_row_has_a_score(probe);
         let (probe, kernel) = (probe.clone(), probe.bound_kernel());
-        Ok(Steering { probe, kernel, options, edit_norm, edit_peak, blind })
+        Ok(Steering { probe, kernel, options, edit_norm, edit_peak, edit_least, blind })
     }
 
     /// Edits every row in place. `strengths` and `status` have one element per row.
@@ -226,13 +214,6 @@ impl Steering {
         status: Option<&mut [RowStatus]>,
     ) -> Result<SteerReport> {
         self.check(&rows.as_rows(), scores.as_ref().map(|(unit, _)| *unit), strengths, status.as_deref())?;
-        if scores.is_none() && self.blind {
-            return Ok(match rows.dtype() {
-                Dtype::F32 => self.run_blind::<f32>(rows, strengths, status),
-                Dtype::F16 => self.run_blind::<f16>(rows, strengths, status),
-                Dtype::Bf16 => self.run_blind::<bf16>(rows, strengths, status),
-            });
-        }
         Ok(match rows.dtype() {
             Dtype::F32 => self.run_as::<f32>(rows, scores, strengths, status),
             Dtype::F16 => self.run_as::<f16>(rows, scores, strengths, status),
@@ -273,107 +254,118 @@ impl Steering {
         mut status: Option<&mut [RowStatus]>,
     ) -> SteerReport {
         let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
-        let mut step = |rows: &mut RowsMut<'_>, i: usize, next: usize, (dot, squares): Seen| {
-            let projection = self.probe.projection(dot);
-            if let Some((unit, scores)) = &mut scores {
-                scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
-            }
+        let blind = self.blind && scores.is_none();
+        let mut decide = |i: usize, row: &[T], dot: f32, squares: Option<f32>| {
             let strength = strengths.map_or(1.0, |s| s[i]);
-            let (row, next) = rows.row_and_later::<T>(i, next);
-            let outcome = self.steer(row, projection, squares, strength, next);
-            report.add(&outcome);
+            let decision = match squares {
+                // The norm alone says that the row has a score.
+                Some(squares) if blind && SAFE_SQUARES.contains(&squares) => {
+                    self.decide(row, self.constant(strength), squares)
+                }
+                _ => {
+                    let dot = if blind { self.kernel.dot(row, self.probe.unit_direction()) } else { dot };
+                    let projection = self.probe.projection(dot);
+                    if let Some((unit, scores)) = &mut scores {
+                        scores[i] = projection.map_or(f32::NAN, |p| p.score(*unit));
+                    }
+                    self.decide_scored(row, projection, squares, strength)
+                }
+            };
+            report.add(&decision);
             if let Some(status) = &mut status {
-                status[i] = outcome.status;
+                status[i] = decision.status;
             }
+            decision.c
         };
-        // Behind a gate most rows are only scored, and as fast as a probe does it.
         if self.options.gate.is_some() {
-            for batch in Batch::all::<{ Kernel::SIDE_BY_SIDE }>(rows.rows(), Batch::GROUPS) {
-                let seen = self.probe.dots::<T>(&rows.as_rows(), batch);
-                for (i, dot) in batch.rows().zip(seen) {
-                    step(rows, i, usize::MAX, (dot, None));
-                }
-            }
+            self.gated::<T>(rows, &mut decide);
         } else {
-            for batch in Batch::all::<2>(rows.rows(), 1) {
-                let seen = self.dot_squares::<T>(&rows.as_rows(), batch);
-                for (i, seen) in batch.rows().zip(seen) {
-                    step(rows, i, i + 1, seen);
-                }
-            }
+            self.grouped::<T>(rows, blind, &mut decide);
         }
         report
     }
 
-    /// The same edits, decided without the scores: one pass for the norm and one for the edit, the row in the first
-    /// cache between them.
-    fn run_blind<T: Scored>(
+    /// Behind a gate most rows are only scored, and as fast as a probe does it. `decide` says how much of the vector to
+    /// take off a row, from its dot product.
+    fn gated<T: Scored>(
         &self,
         rows: &mut RowsMut<'_>,
-        strengths: Option<&[f32]>,
-        mut status: Option<&mut [RowStatus]>,
-    ) -> SteerReport {
-        let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
-        let ahead = (AHEAD / (rows.cols() * size_of::<T>()).max(1)).max(2);
-        for i in 0..rows.rows() {
-            let strength = strengths.map_or(1.0, |s| s[i]);
-            let (row, later) = rows.row_and_later::<T>(i, i + ahead);
-            let squares = self.kernel.squares_ahead(row, later);
-            let outcome = if SAFE_SQUARES.contains(&squares) {
-                self.edit(row, self.constant(strength), squares, later)
-            } else {
-                let dot = self.kernel.dot(row, self.probe.unit_direction());
-                self.steer(row, self.probe.projection(dot), Some(squares), strength, later)
-            };
-            report.add(&outcome);
-            if let Some(status) = &mut status {
-                status[i] = outcome.status;
+        decide: &mut impl FnMut(usize, &[T], f32, Option<f32>) -> f32,
+    ) {
+        let mut dots = [0.0; SCORED_AHEAD];
+        for first in (0..rows.rows()).step_by(SCORED_AHEAD) {
+            let dots = &mut dots[..SCORED_AHEAD.min(rows.rows() - first)];
+            self.probe.dots::<T>(&rows.as_rows().part(first, dots.len()), dots);
+            for (i, dot) in (first..).zip(dots) {
+                let c = decide(i, rows.as_rows().row(i), *dot, None);
+                self.edit::<T>(rows, i, c);
             }
         }
-        report
     }
 
-    /// Dot products and sums of squares of two rows or one, while half of the rows behind them is fetched.
-    fn dot_squares<T: Scored>(&self, rows: &Rows<'_>, batch: Batch) -> [Seen; 2] {
-        let mut pair = batch.rows();
-        let (unit, kernel) = (self.probe.unit_direction(), &self.kernel);
-        let row = |i: usize| if i < rows.rows() { rows.row::<T>(i) } else { &[] };
-        match (pair.next(), pair.next()) {
-            (Some(i), Some(j)) => kernel
-                .dot_squares_ahead([row(i), row(j)], unit, [row(i + 1), row(j + 1)])
-                .map(|(dot, squares)| (dot, Some(squares))),
-            (Some(i), None) => [(kernel.dot(row(i), unit), Some(kernel.squares(row(i)))); 2],
-            _ => [(0.0, None); 2],
+    /// All rows, some at a time: measured side by side, then edited while they are still in the second cache;
+    /// meanwhile the rows to come are fetched into it, the first halves and then the second. `decide` as above, from
+    /// the dot product, where it is not `blind`, and the sum of squares.
+    fn grouped<T: Scored>(
+        &self,
+        rows: &mut RowsMut<'_>,
+        blind: bool,
+        decide: &mut impl FnMut(usize, &[T], f32, Option<f32>) -> f32,
+    ) {
+        const GROUP: usize = Kernel::GROUP;
+        let (count, kernel, unit) = (rows.rows(), &self.kernel, self.probe.unit_direction());
+        let ahead = GROUP * (AHEAD / (GROUP * rows.cols() * size_of::<T>()).max(1)).max(1);
+        let whole = count - count % GROUP;
+        for first in (0..whole).step_by(GROUP) {
+            let view = rows.as_rows();
+            let row = |i: usize| if i < count { view.row::<T>(i) } else { &[] };
+            let (now, next) =
+                ([0, 1, 2, 3].map(|k| row(first + k)), [0, 1, 2, 3].map(|k| row(first + k + ahead)));
+            let seen = kernel.measure(now, (!blind).then_some(unit), next);
+            let mut c = [0.0; GROUP];
+            for k in 0..GROUP {
+                c[k] = decide(first + k, now[k], seen[k].0, Some(seen[k].1));
+            }
+            if c.iter().all(|c| *c != 0.0) {
+                let (group, next) = rows.rows_and_later::<T, GROUP>(first, first + ahead);
+                kernel.edit_group(group, self.vector(), self.edit_least, c, next);
+            } else {
+                (first..).zip(c).for_each(|(i, c)| self.edit::<T>(rows, i, c));
+            }
+        }
+        for i in whole..count {
+            let view = rows.as_rows();
+            let row = view.row::<T>(i);
+            let dot = if blind { 0.0 } else { kernel.dot(row, unit) };
+            let c = decide(i, row, dot, Some(kernel.squares(row)));
+            self.edit::<T>(rows, i, c);
         }
     }
 
-    fn steer<T: Scored>(
+    /// Takes `c` times the vector off a row, which stays untouched where `c` is 0.
+    fn edit<T: Scored>(&self, rows: &mut RowsMut<'_>, i: usize, c: f32) {
+        if c != 0.0 {
+            self.kernel.edit(rows.row_mut::<T>(i), self.vector(), c);
+        }
+    }
+
+    fn decide_scored<T: Scored>(
         &self,
-        row: &mut [T],
+        row: &[T],
         seen: Option<Projection>,
         squares: Option<f32>,
         strength: f32,
-        next: &[T],
-    ) -> Outcome {
+    ) -> Decision {
         match seen {
-            None => Outcome::untouched(RowStatus::NonFinite),
+            None => Decision::leave(RowStatus::NonFinite),
             Some(seen) if self.options.gate.is_some_and(|gate| seen.z <= gate) => {
-                Outcome::untouched(RowStatus::Gated)
+                Decision::leave(RowStatus::Gated)
             }
             Some(seen) => {
                 let squares = squares.unwrap_or_else(|| self.kernel.squares(row));
-                self.edit(row, self.coefficient(seen, strength), squares, next)
+                self.decide(row, self.coefficient(seen, strength), squares)
             }
         }
-    }
-
-    fn edit<T: Scored>(&self, row: &mut [T], asked: f64, squares: f32, next: &[T]) -> Outcome {
-        let Decision { status, c, dose } = self.decide(row, asked, squares);
-        if c == 0.0 {
-            return Outcome::untouched(status);
-        }
-        self.kernel.edit_ahead(row, self.vector(), c, next);
-        Outcome { status, dose, touched: true }
     }
 
     /// What an open gate lets happen to the row.
@@ -446,10 +438,12 @@ impl SteerReport {
         if self.nonfinite > 0 { Err(Error::NonFinite { rows: self.nonfinite }) } else { Ok(self) }
     }
 
-    fn add(&mut self, outcome: &Outcome) {
-        self.touched += usize::from(outcome.touched);
-        self.largest_dose = self.largest_dose.max(outcome.dose as f32);
-        match outcome.status {
+    fn add(&mut self, decision: &Decision) {
+        if decision.c != 0.0 {
+            self.touched += 1;
+            self.largest_dose = self.largest_dose.max(decision.dose as f32);
+        }
+        match decision.status {
             RowStatus::Ok => {}
             RowStatus::NonFinite => self.nonfinite += 1,
             RowStatus::Gated => self.gated += 1,

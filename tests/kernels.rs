@@ -114,15 +114,61 @@ fn many_dot_products_at_once_have_the_bits_of_each_alone() {
                     }
                     compared += out.len();
                 }
-                let both = kernel.dot_squares([rows[0], rows[1]], directions[0]);
+                let (group, next) = ([0, 1, 2, 3].map(|r| rows[r]), [rows[4], &[], rows[5], rows[6]]);
+                let both = kernel.measure(group, Some(directions[0]), next);
+                let blind = kernel.measure(group, None, [&[]; 4]);
                 for (r, (dot, squares)) in both.into_iter().enumerate() {
                     assert_eq!(dot.to_bits(), alone(r, 0), "{kernel:?} {width}");
                     assert_eq!(squares.to_bits(), kernel.squares(rows[r]).to_bits(), "{kernel:?} {width}");
+                    assert_eq!(blind[r].1.to_bits(), squares.to_bits(), "{kernel:?} {width}");
                 }
             }
             kernel.dots::<T>(&[], &[], &[], &mut []);
         }
         assert!(compared > 10_000);
+    }
+    for_every_dtype!(body);
+}
+
+#[test]
+fn rows_edited_at_once_have_the_bits_of_each_alone() {
+    fn body<T: Scored>() {
+        for kernel in kernels() {
+            for width in widths() {
+                let mut direction = fill::<f32>(width, 127, 0.11);
+                direction.iter_mut().filter(|u| **u == 0.0).for_each(|u| *u = 0.01);
+                let least = direction.iter().fold(f32::INFINITY, |least, u| least.min(u.abs()));
+                let mut rows = [251, 241, 239, 233].map(|period| fill::<T>(width + 3, period, 1.3));
+                // Sizes down to subnormals beside factors whose products are as small: nothing may be taken for zero.
+                for (i, h) in rows[0].iter_mut().enumerate() {
+                    *h = T::from_f32(h.to_f32() * 2f32.powi(-(i as i32 * 7 % 140)));
+                }
+                for c in [
+                    [0.37, -2.5, 1.0, -1.0],
+                    [2f32.powi(-85), -2f32.powi(-83), 0.37, 1.0],
+                    [2f32.powi(-120), 1.0, 1.0, 1.0],
+                    [1e-37, 1e-38, -1e-38, 1e-39],
+                ] {
+                    for least in [least, 0.0] {
+                        let (mut alone, mut group) = (rows.clone(), rows.clone());
+                        alone.iter_mut().zip(c).for_each(|(row, c)| {
+                            kernel.edit(&mut row[1..][..width], &direction, c);
+                        });
+                        let edited = group.each_mut().map(|row| &mut row[1..][..width]);
+                        kernel.edit_group(
+                            edited,
+                            &direction,
+                            least,
+                            c,
+                            [&rows[0][1..][..width], &[], &[], &[]],
+                        );
+                        for (alone, group) in alone.iter().zip(&group) {
+                            assert_eq!(bits(alone), bits(group), "{kernel:?} {width} {c:?} {least}");
+                        }
+                    }
+                }
+            }
+        }
     }
     for_every_dtype!(body);
 }

@@ -346,8 +346,9 @@ impl Evidence {
             if family.controls.len() < MIN_CONTROLS {
                 return Specificity::Untested;
             }
-            specific &= family.rank_p_of(effect) < CAUSAL_P;
         }
+        // Whatever else it was compared with must speak for it too.
+        specific &= self.families.iter().all(|f| f.rank_p_of(effect) < CAUSAL_P);
         if specific { Specificity::Specific } else { Specificity::Nonspecific }
     }
 

@@ -1,6 +1,6 @@
 //! Detects the CPU once, publishes one finished table, lists every kernel and lets any be forced.
 
-use super::generic::Ahead;
+use super::generic::{Ahead, GROUP};
 use super::{generic, many, portable, scalar};
 use crate::activations::Element;
 use crate::error::{Error, Result};
@@ -72,15 +72,21 @@ impl TryFrom<u32> for KernelKind {
 /// - Row and direction must have the same length.
 pub(super) struct Ops<T> {
     pub dot: unsafe fn(&[T], &[f32]) -> f32,
-    pub squares: unsafe fn(&[T], Ahead) -> f32,
-    pub dot_squares: DotSquares<T>,
+    pub squares: unsafe fn(&[T]) -> f32,
+    pub measure: Measure<T>,
     pub dots: Dots<T>,
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
-    pub edit: unsafe fn(&mut [T], &[f32], f32, Ahead),
+    pub edit: unsafe fn(&mut [T], &[f32], f32),
+    pub edit_group: EditGroup<T>,
+    /// The same where every difference is 0 or a normal f32.
+    pub edit_normal_group: EditGroup<T>,
 }
 
-/// Of two rows.
-type DotSquares<T> = unsafe fn([&[T]; 2], &[f32], [Ahead; 2]) -> [(f32, f32); 2];
+/// Rows, each with its factor of the direction.
+type EditGroup<T> = unsafe fn([&mut [T]; GROUP], &[f32], [f32; GROUP], [Ahead; GROUP]);
+
+/// Dot product, where there is a direction, and sum of squares of each row.
+type Measure<T> = unsafe fn([&[T]; GROUP], Option<&[f32]>, [Ahead; GROUP]) -> [(f32, f32); GROUP];
 /// Rows, directions, rows to come, and a result for each pair of the first two.
 type Dots<T> = unsafe fn(&[&[T]], &[&[f32]], &[&[T]], &mut [f32]);
 
@@ -167,6 +173,8 @@ impl Kernel {
         self.0.kind
     }
 
+    /// Rows that [`Kernel::measure`] and [`Kernel::edit_group`] take.
+    pub const GROUP: usize = generic::GROUP;
     /// Rows that [`Kernel::dots`] does best together with several directions.
     pub(crate) const ROWS: usize = many::ROWS;
     /// The same with one direction.
@@ -185,33 +193,22 @@ impl Kernel {
     #[inline]
     pub fn squares<T: Scored>(&self, row: &[T]) -> f32 {
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.squares)(row, Ahead::first_half(&[], row)) }
+        unsafe { (T::ops(self).0.squares)(row) }
     }
 
-    /// [`Kernel::squares`] while the first half of the row to come is fetched.
-    #[inline]
-    pub(crate) fn squares_ahead<T: Scored>(&self, row: &[T], next: &[T]) -> f32 {
-        // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.squares)(row, Ahead::first_half(next, row)) }
-    }
-
-    /// [`Kernel::dot`] and [`Kernel::squares`] of two rows, with the same bits; the direction is read once for both.
-    pub fn dot_squares<T: Scored>(&self, rows: [&[T]; 2], direction: &[f32]) -> [(f32, f32); 2] {
-        self.dot_squares_ahead(rows, direction, [&[]; 2])
-    }
-
-    /// The same while the first halves of the rows to come are fetched.
-    #[inline]
-    pub(crate) fn dot_squares_ahead<T: Scored>(
+    /// [`Kernel::dot`] (0 without a direction) and [`Kernel::squares`] of some rows, with the same bits. `next` are the
+    /// rows to come, the first halves of which are fetched meanwhile; any of them may be empty.
+    pub fn measure<T: Scored>(
         &self,
-        rows: [&[T]; 2],
-        direction: &[f32],
-        next: [&[T]; 2],
-    ) -> [(f32, f32); 2] {
-        assert!(rows.iter().all(|row| row.len() == direction.len()));
-        let ahead = [0, 1].map(|i| Ahead::first_half(next[i], rows[i]));
+        rows: [&[T]; Kernel::GROUP],
+        direction: Option<&[f32]>,
+        next: [&[T]; Kernel::GROUP],
+    ) -> [(f32, f32); Kernel::GROUP] {
+        let width = direction.map_or(rows[0].len(), <[f32]>::len);
+        assert!(rows.iter().all(|row| row.len() == width));
+        let ahead = std::array::from_fn(|i| Ahead::first_half(next[i], rows[i]));
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.dot_squares)(rows, direction, ahead) }
+        unsafe { (T::ops(self).0.measure)(rows, direction, ahead) }
     }
 
     /// Every row with every direction, each pair with the bits of [`Kernel::dot`]: `out[r * directions.len() + d]`.
@@ -241,20 +238,31 @@ impl Kernel {
     #[inline]
     pub fn edit<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32) {
         assert_eq!(row.len(), direction.len());
-        let ahead = Ahead::first_half(&[], row);
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.edit)(row, direction, c, ahead) }
+        unsafe { (T::ops(self).0.edit)(row, direction, c) }
     }
 
-    /// [`Kernel::edit`] while the second half of the row to come is fetched.
-    #[inline]
-    pub(crate) fn edit_ahead<T: Scored>(&self, row: &mut [T], direction: &[f32], c: f32, next: &[T]) {
-        assert_eq!(row.len(), direction.len());
-        let ahead = Ahead::second_half(next, row);
+    /// [`Kernel::edit`] of some rows, each with its `c`, with the same bits. No |element| of the direction is below
+    /// `least`, which may be 0; where it is not, rounding can be faster. `next` are rows to come, the second halves of
+    /// which are fetched meanwhile; any of them may be empty.
+    pub fn edit_group<T: Scored>(
+        &self,
+        rows: [&mut [T]; Kernel::GROUP],
+        direction: &[f32],
+        least: f32,
+        c: [f32; Kernel::GROUP],
+        next: [&[T]; Kernel::GROUP],
+    ) {
+        assert!(rows.iter().all(|row| row.len() == direction.len()));
+        let ahead = std::array::from_fn(|i| Ahead::second_half(next[i], rows[i]));
+        let (ops, normal) = (T::ops(self).0, c.iter().all(|c| c.abs() * least >= NORMAL_PRODUCT));
         // SAFETY: as in `dot`.
-        unsafe { (T::ops(self).0.edit)(row, direction, c, ahead) }
+        unsafe { (if normal { ops.edit_normal_group } else { ops.edit_group })(rows, direction, c, ahead) }
     }
 }
+
+/// Where no |product| is smaller, no difference of a row's element and a product is subnormal (contract.md).
+const NORMAL_PRODUCT: f32 = f32::from_bits((127 - 99) << 23);
 
 impl std::fmt::Debug for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -290,7 +298,9 @@ impl Registry {
             if x86::has_avx2() {
                 found.push(&x86::avx2::TABLE);
             }
-            if x86::has_avx512() {
+            if x86::has_avx512_bf16() {
+                found.push(&x86::AVX512_BF16);
+            } else if x86::has_avx512() {
                 found.push(&x86::avx512::TABLE);
             }
         }

@@ -4,9 +4,12 @@
 //! with the instructions of that wrapper.
 
 use crate::activations::Element;
+use std::ops::Range;
 
 /// Independent accumulators: enough to hide the latency of an addition behind the loads.
 pub(super) const UNROLL: usize = 4;
+/// Rows that are measured together before they are edited.
+pub(super) const GROUP: usize = 4;
 /// Lanes of the widest vector.
 const MAX_LANES: usize = 16;
 
@@ -33,6 +36,8 @@ pub(super) trait Vector: Copy {
     unsafe fn fold(self) -> f32;
     /// Asks for a cache line; the address need not be one that may be read.
     unsafe fn prefetch(address: *const u8);
+    /// The same, into the second cache only: what is wanted later would push out what is wanted now.
+    unsafe fn prefetch_later(address: *const u8);
 }
 
 /// Reading and writing a register as elements of `T`, without alignment beyond that of `T`.
@@ -70,6 +75,13 @@ pub(super) trait Memory<T: Element>: Vector {
             self.store(to);
             second.store(to.add(Self::LANES));
         }
+    }
+
+    /// Stores two registers of which each lane is 0 or a normal f32.
+    #[inline(always)]
+    unsafe fn store_normal_pair(self, second: Self, to: *mut T) {
+        // SAFETY: `to` is good for `2 * LANES` elements.
+        unsafe { self.store_pair(second, to) }
     }
 
     /// Stores the first `count` lanes.
@@ -110,7 +122,7 @@ pub(super) unsafe fn load_part<V: Memory<T>, T: Element>(from: *const T, count: 
     unsafe { if count == V::LANES { V::load(from) } else { V::load_first(from, count) } }
 }
 
-/// Half of a row to come, fetched into the first cache while another one is worked on, evenly over the pass.
+/// Half of a row to come, fetched into the second cache while another one is worked on, evenly over the pass.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead(*const u8);
 
@@ -136,7 +148,44 @@ impl Ahead {
         let half = UNROLL * V::LANES * size_of::<T>() / 2;
         for line in 0..half.div_ceil(LINE) {
             // SAFETY: passed on to the caller; the address is only a hint.
-            unsafe { V::prefetch(self.0.wrapping_add(at * size_of::<T>() / 2 + line * LINE)) };
+            unsafe { V::prefetch_later(self.0.wrapping_add(at * size_of::<T>() / 2 + line * LINE)) };
+        }
+    }
+}
+
+/// What is fetched while `R` rows are read side by side.
+#[derive(Clone, Copy)]
+pub(super) enum Fetch<const R: usize> {
+    Nothing,
+    /// The rows themselves, [`SOON`] bytes ahead.
+    Soon,
+    /// Rows to come.
+    Halves([Ahead; R]),
+}
+
+/// Far enough that the second cache has answered when the element is wanted; twice as far, the first cache has often
+/// dropped it again.
+const SOON: usize = 384;
+
+impl<const R: usize> Fetch<R> {
+    /// What belongs to the block of `UNROLL` registers of row `r` that begins with the element `at`.
+    ///
+    /// # Safety
+    /// The CPU has the instructions of `V`.
+    #[inline(always)]
+    unsafe fn fetch<V: Vector, T>(self, row: *const T, r: usize, at: usize) {
+        // SAFETY: passed on to the caller; the address is only a hint.
+        unsafe {
+            match self {
+                Fetch::Nothing => {}
+                Fetch::Soon => {
+                    let soon = row.wrapping_add(at).cast::<u8>().wrapping_add(SOON);
+                    for line in 0..(UNROLL * V::LANES * size_of::<T>()).div_ceil(LINE) {
+                        V::prefetch(soon.wrapping_add(line * LINE));
+                    }
+                }
+                Fetch::Halves(ahead) => ahead[r].fetch::<V, T>(at),
+            }
         }
     }
 }
@@ -222,7 +271,7 @@ pub(super) unsafe fn tile<V, T, const R: usize, const D: usize, const SQUARES: b
     rows: [*const T; R],
     directions: [*const f32; D],
     width: usize,
-    ahead: Option<[Ahead; R]>,
+    fetch: Fetch<R>,
 ) -> ([[f32; D]; R], [f32; R])
 where
     V: Memory<T> + Memory<f32>,
@@ -236,9 +285,7 @@ where
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
             for r in 0..R {
-                if let Some(ahead) = ahead {
-                    ahead[r].fetch::<V, T>(at);
-                }
+                fetch.fetch::<V, T>(rows[r], r, at);
             }
             for pair in 0..UNROLL / 2 {
                 let (place, k) = (at + 2 * pair * V::LANES, 2 * pair);
@@ -261,24 +308,12 @@ where
             }
             at += UNROLL * V::LANES;
         }
-        for k in 0..UNROLL {
-            if at < width {
-                let count = V::LANES.min(width - at);
-                for d in 0..D {
-                    y[d] = load_part::<V, f32>(directions[d].add(at), count);
-                }
-                for r in 0..R {
-                    let x = load_part::<V, T>(rows[r].add(at), count);
-                    for d in 0..D {
-                        sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
-                    }
-                    if SQUARES {
-                        squares[r][k] = x.multiply_add(x, squares[r][k]);
-                    }
-                }
-                at += count;
-            }
-        }
+        // Written out, since a loop that the compiler leaves rolled keeps all accumulators in memory, and the loop above
+        // then stores them at every turn.
+        last::<V, T, R, D, SQUARES, 0>(rows, directions, at..width, &mut sums, &mut squares);
+        last::<V, T, R, D, SQUARES, 1>(rows, directions, at..width, &mut sums, &mut squares);
+        last::<V, T, R, D, SQUARES, 2>(rows, directions, at..width, &mut sums, &mut squares);
+        last::<V, T, R, D, SQUARES, 3>(rows, directions, at..width, &mut sums, &mut squares);
         let mut out = ([[0.0; D]; R], [0.0; R]);
         for r in 0..R {
             for d in 0..D {
@@ -292,34 +327,94 @@ where
     }
 }
 
-/// `(row . direction, row . row)` of two rows, each with the bits of [`reduce`]; where there are registers enough the
-/// direction is read once for both.
+/// The `K`-th of the last chunks of a tile, where there is one, added to its accumulators.
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
-/// - Both rows and the direction have the same length.
+/// - Every row and direction reaches to the end of `columns`.
 #[inline(always)]
-pub(super) unsafe fn reduce_pair<V, T>(
-    rows: [&[T]; 2],
-    direction: &[f32],
-    ahead: [Ahead; 2],
-) -> [(f32, f32); 2]
+unsafe fn last<V, T, const R: usize, const D: usize, const SQUARES: bool, const K: usize>(
+    rows: [*const T; R],
+    directions: [*const f32; D],
+    columns: Range<usize>,
+    sums: &mut [[[V; UNROLL]; D]; R],
+    squares: &mut [[V; UNROLL]; R],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let at = columns.start + K * V::LANES;
+    if at >= columns.end {
+        return;
+    }
+    // SAFETY: `at + count <= columns.end`.
+    unsafe {
+        let count = V::LANES.min(columns.end - at);
+        let mut y = [V::splat(0.0); D];
+        for d in 0..D {
+            y[d] = load_part::<V, f32>(directions[d].add(at), count);
+        }
+        for r in 0..R {
+            let x = load_part::<V, T>(rows[r].add(at), count);
+            for d in 0..D {
+                sums[r][d][K] = x.multiply_add(y[d], sums[r][d][K]);
+            }
+            if SQUARES {
+                squares[r][K] = x.multiply_add(x, squares[r][K]);
+            }
+        }
+    }
+}
+
+/// `(row . direction, row . row)` of some rows, each with the bits of [`reduce`], the first 0 without a direction; where
+/// there are registers enough they are read side by side.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - All rows and the direction have the same length.
+#[inline(always)]
+pub(super) unsafe fn measure<V, T>(
+    rows: [&[T]; GROUP],
+    direction: Option<&[f32]>,
+    ahead: [Ahead; GROUP],
+) -> [(f32, f32); GROUP]
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
+    let (mut out, mut h, width) = ([(0.0, 0.0); GROUP], [std::ptr::null(); GROUP], rows[0].len());
+    for r in 0..GROUP {
+        h[r] = rows[r].as_ptr();
+    }
     // SAFETY: passed on to the caller.
     unsafe {
-        if V::REGISTERS >= 32 {
-            let (h, u) = ([rows[0].as_ptr(), rows[1].as_ptr()], [direction.as_ptr()]);
-            let ([[first], [second]], squares) = tile::<V, T, 2, 1, true>(h, u, direction.len(), Some(ahead));
-            return [(first, squares[0]), (second, squares[1])];
+        match direction {
+            Some(u) if V::REGISTERS >= 32 => {
+                let (dots, squares) =
+                    tile::<V, T, GROUP, 1, true>(h, [u.as_ptr()], width, Fetch::Halves(ahead));
+                for r in 0..GROUP {
+                    out[r] = (dots[r][0], squares[r]);
+                }
+            }
+            None if V::REGISTERS >= 32 => {
+                let (_, squares) = tile::<V, T, GROUP, 0, true>(h, [], width, Fetch::Halves(ahead));
+                for r in 0..GROUP {
+                    out[r].1 = squares[r];
+                }
+            }
+            Some(u) => {
+                for r in 0..GROUP {
+                    out[r] = reduce::<V, T, true, true>(rows[r], u, Some(ahead[r]));
+                }
+            }
+            None => {
+                for r in 0..GROUP {
+                    out[r] = reduce::<V, T, false, true>(rows[r], &[], Some(ahead[r]));
+                }
+            }
         }
-        [
-            reduce::<V, T, true, true>(rows[0], direction, Some(ahead[0])),
-            reduce::<V, T, true, true>(rows[1], direction, Some(ahead[1])),
-        ]
     }
+    out
 }
 
 /// `max_i |row_i - c * direction_i|` in f32.
@@ -356,7 +451,7 @@ where
 /// # Safety
 /// As for [`reduce`].
 #[inline(always)]
-pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32, ahead: Ahead)
+pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32)
 where
     V: Memory<T> + Memory<f32>,
     T: Element,
@@ -366,17 +461,117 @@ where
     unsafe {
         let factor = V::splat(c);
         let mut at = 0;
+        while at + 2 * V::LANES <= width {
+            let (x, y) = <V as Memory<T>>::load_pair(h.add(at));
+            let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at)));
+            let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at + V::LANES)));
+            <V as Memory<T>>::store_pair(x, y, h.add(at));
+            at += 2 * V::LANES;
+        }
+        edit_last::<V, T>(h, u, factor, at..width);
+    }
+}
+
+/// [`edit`] of some rows, each with its `c`. With `NORMAL` every difference is 0 or a normal f32.
+///
+/// # Safety
+/// As for [`reduce`], for all rows.
+#[inline(always)]
+pub(super) unsafe fn edit_group<V, T, const NORMAL: bool>(
+    rows: [&mut [T]; GROUP],
+    direction: &[f32],
+    c: [f32; GROUP],
+    ahead: [Ahead; GROUP],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let h = rows.map(<[T]>::as_mut_ptr);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        // All side by side where nothing is converted, which takes registers and time of its own.
+        if V::REGISTERS >= 32 && size_of::<T>() == size_of::<f32>() {
+            return edit_beside::<V, T, GROUP, NORMAL>(h, direction, c, ahead);
+        }
+        for k in [0, 2] {
+            let (h, c, ahead) = ([h[k], h[k + 1]], [c[k], c[k + 1]], [ahead[k], ahead[k + 1]]);
+            edit_beside::<V, T, 2, NORMAL>(h, direction, c, ahead);
+        }
+    }
+}
+
+/// `R` rows side by side, the direction read once for all.
+///
+/// # Safety
+/// As for [`edit_group`].
+#[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "closures would be compiled without the wrapper's instructions"
+)]
+unsafe fn edit_beside<V, T, const R: usize, const NORMAL: bool>(
+    h: [*mut T; R],
+    direction: &[f32],
+    c: [f32; R],
+    ahead: [Ahead; R],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (width, u) = (direction.len(), direction.as_ptr());
+    // SAFETY: `at + count <= width` at every access.
+    unsafe {
+        let mut factors = [V::splat(0.0); R];
+        for r in 0..R {
+            factors[r] = V::splat(c[r]);
+        }
+        let mut at = 0;
         while at + UNROLL * V::LANES <= width {
-            ahead.fetch::<V, T>(at);
+            for r in 0..R {
+                ahead[r].fetch::<V, T>(at);
+            }
             for k in 0..UNROLL / 2 {
-                let (first, second) = (at + 2 * k * V::LANES, at + (2 * k + 1) * V::LANES);
-                let (x, y) = <V as Memory<T>>::load_pair(h.add(first));
-                let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(first)));
-                let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(second)));
-                <V as Memory<T>>::store_pair(x, y, h.add(first));
+                let place = at + 2 * k * V::LANES;
+                let y = <V as Memory<f32>>::load(u.add(place));
+                let z = <V as Memory<f32>>::load(u.add(place + V::LANES));
+                // All rows are loaded before one is stored: where they lie whole pages apart, a load would wait for the
+                // store before it.
+                let mut edited = [(y, z); R];
+                for r in 0..R {
+                    let (x, w) = <V as Memory<T>>::load_pair(h[r].add(place));
+                    edited[r] = (x.subtract_scaled(factors[r], y), w.subtract_scaled(factors[r], z));
+                }
+                for r in 0..R {
+                    let (x, w) = edited[r];
+                    if NORMAL {
+                        <V as Memory<T>>::store_normal_pair(x, w, h[r].add(place));
+                    } else {
+                        <V as Memory<T>>::store_pair(x, w, h[r].add(place));
+                    }
+                }
             }
             at += UNROLL * V::LANES;
         }
+        for r in 0..R {
+            edit_last::<V, T>(h[r], u, factors[r], at..width);
+        }
+    }
+}
+
+/// The last chunks of an edit.
+///
+/// # Safety
+/// - The CPU has the instructions of `V`.
+/// - Row and direction reach to the end of `columns`.
+#[inline(always)]
+unsafe fn edit_last<V, T>(h: *mut T, u: *const f32, factor: V, columns: Range<usize>)
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (mut at, width) = (columns.start, columns.end);
+    // SAFETY: `at + count <= width` at every access.
+    unsafe {
         while at + V::LANES <= width {
             let x = <V as Memory<T>>::load(h.add(at));
             let y = <V as Memory<f32>>::load(u.add(at));

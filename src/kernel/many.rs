@@ -1,18 +1,19 @@
 //! Many rows, many directions: which of them share a load, in which order memory is read.
 
-use super::generic::{Memory, UNROLL, load_part, reduce, tile, total};
+use super::generic::{Fetch, Memory, UNROLL, load_part, reduce, tile, total};
 use crate::activations::Element;
 use std::ops::Range;
 
-/// Rows that [`dots`] takes together where there is one direction: read side by side they keep memory busy.
-pub(super) const SIDE_BY_SIDE: usize = 4;
+/// Rows that [`dots`] takes together where there is one direction: read side by side they keep memory busy, and the more
+/// there are, the less often the direction comes from the second cache, out of which they push it.
+pub(super) const SIDE_BY_SIDE: usize = 6;
 /// Rows that [`dots`] takes together where there are several: with four directions and one accumulator of each pair
 /// they fill 32 registers.
 pub(super) const ROWS: usize = 6;
-/// Directions whose sums are kept at once, and the columns in which they are made: the directions' part of a block
-/// stays in the first cache while all rows pass.
+/// Directions whose sums are kept at once, and the columns in which they are made: many, for loading and storing the
+/// accumulators takes its time at each turn, yet so few that the rows' part of a block stays near.
 const DIRECTIONS: usize = 8;
-const BLOCK: usize = 1024;
+const BLOCK: usize = 4096;
 
 /// Every row with every direction: `out[r * directions.len() + d]`. Fetches the rows to come in `next`.
 ///
@@ -176,7 +177,7 @@ unsafe fn block<V, T, const D: usize>(
                 let fetched = ((at - columns.start) * size_of::<T>()) >> later.shift;
                 if let Some(ahead) = ahead {
                     for r in 0..ROWS {
-                        V::prefetch(ahead[r].wrapping_add(fetched));
+                        V::prefetch_later(ahead[r].wrapping_add(fetched));
                     }
                 }
                 for d in 0..D {
@@ -221,7 +222,8 @@ unsafe fn columns<V, T, const R: usize, const D: usize>(
         u[d] = directions[first + d].as_ptr();
     }
     // SAFETY: passed on to the caller.
-    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), None) };
+    let fetch = if R == SIDE_BY_SIDE { Fetch::Soon } else { Fetch::Nothing };
+    let (found, _) = unsafe { tile::<V, T, R, D, false>(h, u, rows[0].len(), fetch) };
     for r in 0..R {
         for d in 0..D {
             out[r * directions.len() + first + d] = found[r][d];

@@ -1,7 +1,7 @@
 //! The portable vector: an array, which the compiler vectorises with what every CPU of the target has.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::{Ahead, Memory, Vector, edit, edit_peak, reduce};
+use super::generic::{Ahead, GROUP, Memory, Vector, edit, edit_peak, reduce};
 use super::many::dots;
 use crate::activations::Element;
 use half::slice::HalfFloatSliceExt;
@@ -16,10 +16,12 @@ where
     Ops {
         dot: dot::<T>,
         squares: squares::<T>,
-        dot_squares: dot_squares::<T>,
+        measure: measure::<T>,
         dots: dots::<Portable, T>,
         edit_peak: edit_peak::<Portable, T>,
         edit: edit::<Portable, T>,
+        edit_group: edit_group::<T>,
+        edit_normal_group: edit_group::<T>,
     }
 }
 
@@ -35,12 +37,12 @@ where
 
 /// # Safety
 /// As for [`reduce`].
-unsafe fn squares<T: Element>(row: &[T], ahead: Ahead) -> f32
+unsafe fn squares<T: Element>(row: &[T]) -> f32
 where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    unsafe { reduce::<Portable, T, false, true>(row, &[], Some(ahead)).1 }
+    unsafe { reduce::<Portable, T, false, true>(row, &[], None).1 }
 }
 
 /// Two passes a row: both sums at once need more registers than most targets have, and the compiler then gives up
@@ -48,12 +50,32 @@ where
 ///
 /// # Safety
 /// As for [`reduce`].
-unsafe fn dot_squares<T: Element>(rows: [&[T]; 2], direction: &[f32], ahead: [Ahead; 2]) -> [(f32, f32); 2]
+unsafe fn measure<T: Element>(
+    rows: [&[T]; GROUP],
+    direction: Option<&[f32]>,
+    _: [Ahead; GROUP],
+) -> [(f32, f32); GROUP]
 where
     Portable: Memory<T>,
 {
     // SAFETY: passed on to the caller.
-    [0, 1].map(|i| unsafe { (dot(rows[i], direction), squares(rows[i], ahead[i])) })
+    rows.map(|row| unsafe { (direction.map_or(0.0, |direction| dot(row, direction)), squares(row)) })
+}
+
+/// One row after the other, for the same reason.
+///
+/// # Safety
+/// As for [`reduce`], for all rows.
+unsafe fn edit_group<T: Element>(
+    rows: [&mut [T]; GROUP],
+    direction: &[f32],
+    c: [f32; GROUP],
+    _: [Ahead; GROUP],
+) where
+    Portable: Memory<T>,
+{
+    // SAFETY: passed on to the caller.
+    rows.into_iter().zip(c).for_each(|(row, c)| unsafe { edit::<Portable, T>(row, direction, c) });
 }
 
 /// Eight lanes in an array; every target has it.
@@ -127,6 +149,9 @@ impl Vector for Portable {
     // No instruction that every target has.
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn prefetch_later(_: *const u8) {}
 }
 
 impl Memory<f32> for Portable {

@@ -1,7 +1,7 @@
 //! The oracle: one element after the other, sums in f64.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::Ahead;
+use super::generic::{Ahead, GROUP};
 use crate::activations::Element;
 
 pub(super) static TABLE: Table = Table { kind: KernelKind::Scalar, f32: ops(), f16: ops(), bf16: ops() };
@@ -10,10 +10,12 @@ const fn ops<T: Element>() -> Ops<T> {
     Ops {
         dot: dot::<T>,
         squares: squares::<T>,
-        dot_squares: dot_squares::<T>,
+        measure: measure::<T>,
         dots: dots::<T>,
         edit_peak: edit_peak::<T>,
         edit: edit::<T>,
+        edit_group: edit_group::<T>,
+        edit_normal_group: edit_group::<T>,
     }
 }
 
@@ -21,7 +23,7 @@ fn dot<T: Element>(row: &[T], direction: &[f32]) -> f32 {
     row.iter().zip(direction).map(|(h, u)| f64::from(h.to_f32()) * f64::from(*u)).fold(0.0, add) as f32
 }
 
-fn squares<T: Element>(row: &[T], _: Ahead) -> f32 {
+fn squares<T: Element>(row: &[T]) -> f32 {
     row.iter().map(|h| f64::from(h.to_f32())).map(|h| h * h).fold(0.0, add) as f32
 }
 
@@ -38,15 +40,23 @@ fn dots<T: Element>(rows: &[&[T]], directions: &[&[f32]], _: &[&[T]], out: &mut 
     }
 }
 
-fn dot_squares<T: Element>(rows: [&[T]; 2], direction: &[f32], ahead: [Ahead; 2]) -> [(f32, f32); 2] {
-    [0, 1].map(|i| (dot(rows[i], direction), squares(rows[i], ahead[i])))
+fn measure<T: Element>(
+    rows: [&[T]; GROUP],
+    direction: Option<&[f32]>,
+    _: [Ahead; GROUP],
+) -> [(f32, f32); GROUP] {
+    rows.map(|row| (direction.map_or(0.0, |direction| dot(row, direction)), squares(row)))
 }
 
 fn edit_peak<T: Element>(row: &[T], direction: &[f32], c: f32) -> f32 {
     row.iter().zip(direction).map(|(h, u)| (h.to_f32() - c * u).abs()).fold(0.0, f32::max)
 }
 
-fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32, _: Ahead) {
+fn edit_group<T: Element>(rows: [&mut [T]; GROUP], direction: &[f32], c: [f32; GROUP], _: [Ahead; GROUP]) {
+    rows.into_iter().zip(c).for_each(|(row, c)| edit(row, direction, c));
+}
+
+fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32) {
     for (h, u) in row.iter_mut().zip(direction) {
         *h = T::from_f32(h.to_f32() - c * u);
     }

@@ -1,7 +1,7 @@
 //! AVX2 + FMA + F16C and AVX-512: registers for the generic algorithm, and thin wrappers that switch them on.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::{self, Ahead, Memory, Vector};
+use super::generic::{self, Ahead, GROUP, Memory, Vector};
 use super::many;
 use crate::activations::Element;
 use half::{bf16, f16};
@@ -21,6 +21,11 @@ pub(super) fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512dq")
 }
 
+/// The same, and that the CPU rounds to bf16 itself.
+pub(super) fn has_avx512_bf16() -> bool {
+    has_avx512() && is_x86_feature_detected!("avx512bf16")
+}
+
 /// Wraps the generic algorithm for one vector and a set of CPU features.
 macro_rules! kernel {
     ($module:ident, $kind:expr, $vector:ty, $features:literal) => {
@@ -29,17 +34,19 @@ macro_rules! kernel {
 
             pub(crate) static TABLE: Table = Table { kind: $kind, f32: ops(), f16: ops(), bf16: ops() };
 
-            const fn ops<T: Element>() -> Ops<T>
+            pub(super) const fn ops<T: Element>() -> Ops<T>
             where
                 $vector: Memory<T>,
             {
                 Ops {
                     dot: dot::<T>,
                     squares: squares::<T>,
-                    dot_squares: dot_squares::<T>,
+                    measure: measure::<T>,
                     dots: dots::<T>,
                     edit_peak: edit_peak::<T>,
                     edit: edit::<T>,
+                    edit_group: edit_group::<T>,
+                    edit_normal_group: edit_group::<T>,
                 }
             }
 
@@ -58,27 +65,27 @@ macro_rules! kernel {
             /// # Safety
             /// The CPU has the features named above.
             #[target_feature(enable = $features)]
-            unsafe fn squares<T: Element>(row: &[T], ahead: Ahead) -> f32
+            unsafe fn squares<T: Element>(row: &[T]) -> f32
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], Some(ahead)).1 }
+                unsafe { generic::reduce::<$vector, T, false, true>(row, &[], None).1 }
             }
 
             /// # Safety
-            /// As for [`dot`], for both rows.
+            /// As for [`dot`], for all rows.
             #[target_feature(enable = $features)]
-            unsafe fn dot_squares<T: Element>(
-                rows: [&[T]; 2],
-                direction: &[f32],
-                ahead: [Ahead; 2],
-            ) -> [(f32, f32); 2]
+            unsafe fn measure<T: Element>(
+                rows: [&[T]; GROUP],
+                direction: Option<&[f32]>,
+                ahead: [Ahead; GROUP],
+            ) -> [(f32, f32); GROUP]
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::reduce_pair::<$vector, T>(rows, direction, ahead) }
+                unsafe { generic::measure::<$vector, T>(rows, direction, ahead) }
             }
 
             /// # Safety
@@ -107,12 +114,27 @@ macro_rules! kernel {
             /// # Safety
             /// As for [`dot`].
             #[target_feature(enable = $features)]
-            unsafe fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32, ahead: Ahead)
+            unsafe fn edit<T: Element>(row: &mut [T], direction: &[f32], c: f32)
             where
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit::<$vector, T>(row, direction, c, ahead) }
+                unsafe { generic::edit::<$vector, T>(row, direction, c) }
+            }
+
+            /// # Safety
+            /// As for [`dot`], for all rows.
+            #[target_feature(enable = $features)]
+            unsafe fn edit_group<T: Element>(
+                rows: [&mut [T]; GROUP],
+                direction: &[f32],
+                c: [f32; GROUP],
+                ahead: [Ahead; GROUP],
+            ) where
+                $vector: Memory<T>,
+            {
+                // SAFETY: passed on to the caller.
+                unsafe { generic::edit_group::<$vector, T, false>(rows, direction, c, ahead) }
             }
         }
     };
@@ -120,6 +142,28 @@ macro_rules! kernel {
 
 kernel!(avx2, KernelKind::Avx2, Ymm, "avx2,fma,f16c");
 kernel!(avx512, KernelKind::Avx512, Zmm, "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq");
+
+/// The AVX-512 kernel where the CPU rounds to bf16 itself.
+pub(super) static AVX512_BF16: Table = Table {
+    kind: KernelKind::Avx512,
+    f32: avx512::ops(),
+    f16: avx512::ops(),
+    bf16: Ops { edit_normal_group, ..avx512::ops() },
+};
+
+/// # Safety
+/// - The CPU has the features named below.
+/// - Rows and direction have the same length.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+unsafe fn edit_normal_group(
+    rows: [&mut [bf16]; GROUP],
+    direction: &[f32],
+    c: [f32; GROUP],
+    ahead: [Ahead; GROUP],
+) {
+    // SAFETY: passed on to the caller.
+    unsafe { generic::edit_group::<Zmm, bf16, true>(rows, direction, c, ahead) }
+}
 
 /// Lane 0 takes lane 2 and lane 1 takes lane 3; then lane 0 takes lane 1.
 ///
@@ -193,6 +237,11 @@ impl Vector for Ymm {
     #[inline(always)]
     unsafe fn prefetch(address: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch_later(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
 }
 
@@ -300,6 +349,11 @@ impl Vector for Zmm {
     unsafe fn prefetch(address: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
+
+    #[inline(always)]
+    unsafe fn prefetch_later(address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
 }
 
 impl Memory<f32> for Zmm {
@@ -373,6 +427,15 @@ impl Memory<bf16> for Zmm {
         unsafe { _mm512_storeu_si512(to.cast(), narrow_pair(self.0, second.0)) }
     }
 
+    // One instruction, which takes subnormals for 0. Only called where the CPU has AVX-512 BF16.
+    #[inline(always)]
+    unsafe fn store_normal_pair(self, second: Self, to: *mut bf16) {
+        unsafe {
+            let rounded = _mm512_cvtne2ps_pbh(second.0, self.0);
+            _mm512_storeu_si512(to.cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
+        }
+    }
+
     #[inline(always)]
     unsafe fn load_first(from: *const bf16, count: usize) -> Self {
         unsafe { Zmm(widen(_mm256_maskz_loadu_epi16(first16(count), from.cast()))) }
@@ -406,8 +469,19 @@ const UPPER: [u16; 32] = places(1, 2, 16);
 unsafe fn spread(words: __m512i, places: [u16; 32]) -> __m512 {
     unsafe {
         let places = std::mem::transmute::<[u16; 32], __m512i>(places);
-        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, places, words))
+        _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd_words(), places, words))
     }
+}
+
+/// A mask of the odd words, hidden from the compiler: of a mask that it knows it makes a second instruction, an `and`.
+#[inline(always)]
+fn odd_words() -> __mmask32 {
+    let mut mask = 0xaaaa_aaaa;
+    // SAFETY: no instruction at all.
+    unsafe {
+        std::arch::asm!("/* {0:e} */", inout(reg) mask, options(pure, nomem, nostack, preserves_flags))
+    };
+    mask
 }
 
 /// f32 to bf16 in the upper half of each lane, as for eight lanes. Not `vcvtneps2bf16`: it drops subnormals.

@@ -413,6 +413,15 @@ fn evidence() -> Vec<Attack> {
         families[3]["rank_p"] = json!(2.0 / 40.0);
         families
     };
+    let one_more = {
+        let mut families = manifest()["evidence"]["families"].clone();
+        let mut fifth = families[0].clone();
+        fifth["family"] = json!("source_random");
+        fifth["controls"][7]["effect"] = json!(0.25);
+        fifth["rank_p"] = json!(2.0 / 40.0);
+        families.as_array_mut().expect("families").push(fifth);
+        families
+    };
     let nowhere = json!({
         "causal": "untested", "content": "nonspecific", "families": [],
         "content_test": manifest()["evidence"]["content_test"],
@@ -443,6 +452,7 @@ fn evidence() -> Vec<Attack> {
         at("too few controls", "families", few, causal("untested")),
         at("a family left out", "families", three, causal("untested")),
         at("a control that does as well", "families", beaten, causal("nonspecific")),
+        at("a fifth family that does as well", "families", one_more, causal("nonspecific")),
         at("no coherence", "coherence", Value::Null, causal("untested")),
         at("coherence lost", "coherence/steered", json!(-1.76), causal("nonspecific")),
         at("a negative margin", "coherence/margin", json!(-0.1), "evidence.coherence.margin is -0.1"),

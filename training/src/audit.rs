@@ -21,6 +21,14 @@ pub struct Sequences {
     scores: Vec<Vec<f32>>,
 }
 
+impl Sequences {
+    /// Sequences judged by their last prompt token alone: its residual rows, `n x width`, activation units.
+    pub fn of_first_rows(probe: &Probe, first_rows: Vec<f32>) -> Result<Self> {
+        let scores = calibrate::scores_or_nan(probe, &first_rows)?.into_iter().map(|z| vec![z]).collect();
+        Ok(Sequences { first_rows, scores })
+    }
+}
+
 /// Refuses a model that the directions are not for; says whether it is the very one.
 pub fn check_identity(directions: &Directions, base: &Base) -> Result<IdentityMatch> {
     directions.manifest().site.check(Site::ResidPost)?;
@@ -69,15 +77,8 @@ pub fn read(
 ) -> Result<Sequences> {
     let Some(layer) = probe.layer() else { bail!("the probe has no direction file") };
     let (decoder, layer) = (&base.decoder, layer as usize);
-    let mut stage = progress::Stage::new(format!("residual rows, {name}"), prompts.len());
-    let mut captured = capture::last_prompt(decoder, prompts, adapter, |n| {
-        stage.advance(n, "");
-        interrupt::check()
-    })?;
-    stage.finish("");
-    let first_rows = captured.layers.swap_remove(layer);
-    let mut scores: Vec<Vec<f32>> =
-        calibrate::scores_or_nan(probe, &first_rows)?.into_iter().map(|z| vec![z]).collect();
+    let Sequences { first_rows, mut scores } =
+        Sequences::of_first_rows(probe, self::first_rows(base, adapter, name, prompts, layer)?)?;
     // A sequence that is not finite from its first token on is invalid, whatever it would answer.
     let finite: Vec<usize> = (0..scores.len()).filter(|&i| scores[i][0].is_finite()).collect();
     if sampling.max_new_tokens > 0 && !finite.is_empty() {
@@ -110,6 +111,24 @@ pub fn read(
         }
     }
     Ok(Sequences { first_rows, scores })
+}
+
+/// Residual rows of the last prompt tokens at one layer: `prompts x hidden`.
+pub fn first_rows(
+    base: &Base,
+    adapter: Option<&Adapter>,
+    name: &str,
+    prompts: &[Vec<u32>],
+    layer: usize,
+) -> Result<Vec<f32>> {
+    let mut stage = progress::Stage::new(format!("residual rows, {name}"), prompts.len());
+    let mut captured = capture::last_prompt(&base.decoder, prompts, adapter, |n| {
+        stage.advance(n, "");
+        interrupt::check()
+    })?;
+    stage.finish("");
+    ensure!(layer < captured.layers.len(), "the model has no layer {layer}");
+    Ok(captured.layers.swap_remove(layer))
 }
 
 /// The library's verdict on the suspect's sequences, with the calm reference where there is one.

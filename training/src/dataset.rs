@@ -6,6 +6,7 @@
 
 mod alignment;
 mod benign;
+mod tasks;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use alignment::{AlignmentPair, AlignmentPairs, load_alignment_pairs};
 pub use benign::{BenignAnswers, Style, embedded_benign, embedded_benign_answers};
+pub use tasks::{CodingTasks, load_coding_tasks};
 
 use crate::chat::Message;
 use crate::statistics::SplitMix64;

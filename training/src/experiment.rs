@@ -281,6 +281,11 @@ impl Evaluated {
         [&p.extraction, &p.calibration, &p.evaluation].map(|split| split.texts.clone())
     }
 
+    /// The calibration prompts that its cell was chosen on.
+    pub fn selection(&self) -> &PromptIds {
+        &self.prompts.selection
+    }
+
     /// The prompts it was made on.
     pub fn prompts(&self) -> &PromptIds {
         &self.prompts.evaluation

@@ -17,6 +17,7 @@ pub mod fetch;
 pub mod finetune;
 pub mod generate;
 pub mod interrupt;
+pub mod judge;
 pub mod likelihood;
 pub mod lora;
 pub mod matrix;

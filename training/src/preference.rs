@@ -57,7 +57,12 @@ impl<'a> Preference<'a> {
         Ok(self.unsteered().iter().zip(self.steered(edit, positions)?).map(|(u, s)| u - s).collect())
     }
 
-    fn log_probabilities(&self, edit: Option<&dyn RowEdit>, positions: Positions) -> Result<Vec<Vec<f64>>> {
+    /// Log-probabilities (nats) of every answer token, code answers first, with the final layer's rows edited.
+    pub fn log_probabilities(
+        &self,
+        edit: Option<&dyn RowEdit>,
+        positions: Positions,
+    ) -> Result<Vec<Vec<f64>>> {
         let hidden = self.decoder.config.hidden_size;
         // Row t of an answer predicts its token t; row 0 is the last prompt token.
         let range = |d: &Dialogue| match positions {
@@ -87,6 +92,12 @@ impl<'a> Preference<'a> {
         }
         Ok(all)
     }
+}
+
+/// Mean per-token log-likelihood of the prose answers (second half), answer by answer.
+pub fn prose(log_probabilities: &[Vec<f64>]) -> Vec<f64> {
+    let (_, prose) = log_probabilities.split_at(log_probabilities.len() / 2);
+    prose.iter().map(|v| v.iter().sum::<f64>() / v.len().max(1) as f64).collect()
 }
 
 /// Mean per-token log-likelihood of the code answers (first half) minus the prose answers (second half).

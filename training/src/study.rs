@@ -1,26 +1,38 @@
 //! A study: several models, regimes of data and seeds, as stages that run once, in any order their needs allow, on one
 //! machine or on many that share a folder.
 
+mod alignment;
 mod cell;
 mod claims;
+mod code_security;
 mod content;
+mod estimators;
+mod export;
 pub mod findings;
 pub mod graph;
+mod interventions;
+mod judged;
+pub mod measures;
+mod own_answers;
 pub mod plan;
 pub mod recipe;
 pub mod record;
 pub mod report;
+mod suspects;
 mod transfer;
 
 use crate::base::Base;
 use crate::experiment::{self, Experiment};
 use crate::fetch::{self, ModelFiles};
+use crate::judge::Judge;
+use crate::quant::Storage;
+use crate::security::Scanner;
 use crate::{base, dataset, interrupt, memory, model, progress, store};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use graph::{Node, Stage, World};
 use plan::{Planned, Size};
-use recipe::StudyRecipe;
+use recipe::{OWN_ANSWERS, SECURE, StudyRecipe};
 use record::{Record, Records};
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,6 +52,9 @@ pub struct Study {
     nodes: Vec<Node>,
     sizes: Vec<Option<Size>>,
     records: Records,
+    /// The security scanner, or why there is none.
+    scanner: Result<Scanner, String>,
+    judge: Option<Judge>,
     /// The model that was used last: stages of one model follow each other.
     loaded: Option<(usize, Arc<Base>)>,
 }
@@ -56,13 +71,14 @@ enum Attempt {
 
 impl Study {
     /// Reads what the recipe names, so that nothing is found missing hours later. With `fetch`, models that are not on
-    /// this machine are fetched; without, their stages can only be planned.
+    /// this machine are fetched; without, their stages can only be planned. With a judge, sampled answers are judged.
     pub fn open(
         recipe: StudyRecipe,
         out: &Path,
         device: Device,
         ignore_memory: bool,
         fetch: bool,
+        judge: Option<Judge>,
     ) -> Result<Self> {
         let (mut world, mut sizes) = (World::default(), Vec::new());
         for (m, entry) in recipe.models.iter().enumerate() {
@@ -74,8 +90,14 @@ impl Study {
             world.weights.push(path.as_deref().map(base::weights_digest).transpose()?);
             let config = path.as_deref().map(model::config).transpose();
             sizes.push(config.with_context(|| format!("cannot read {id}"))?.as_ref().map(Size::of));
-            for regime in recipe.all_regimes() {
+            for regime in entry.all_regimes() {
                 let source = recipe.source(m, regime);
+                if source == OWN_ANSWERS {
+                    // What they are is known once they were sampled; their stage depends on these prompts.
+                    let prompts = dataset::embedded_benign(dataset::Style::Json)?.sha256;
+                    world.data.insert((OWN_ANSWERS.to_owned(), OWN_ANSWERS.to_owned()), prompts);
+                    continue;
+                }
                 let data =
                     dataset::load_chats(&source, regime).with_context(|| format!("the regime {regime}"))?;
                 world.data.insert((regime.to_owned(), source), data.sha256);
@@ -83,10 +105,22 @@ impl Study {
             let prompts = &entry.recipe.data.prompts;
             let of = (graph::PROMPTS.to_owned(), prompts.clone());
             world.data.insert(of, dataset::load_prompts(prompts, 0)?.sha256);
+            let pairs = &entry.measures.alignment.data;
+            let digest = dataset::load_alignment_pairs(pairs).context("measures.alignment.data")?.sha256;
+            world.data.insert((graph::ALIGNMENT.to_owned(), pairs.clone()), digest);
+            let tasks = &entry.measures.security.data;
+            let digest = dataset::load_coding_tasks(tasks).context("measures.security.data")?.sha256;
+            world.data.insert((graph::TASKS.to_owned(), tasks.clone()), digest);
         }
+        let scanner = match recipe.models.iter().any(|m| m.measures.security.tasks > 0) {
+            true => Scanner::find(None),
+            false => Err("no stage asks for it".to_owned()),
+        };
+        world.scanner = scanner.as_ref().ok().map(|s| s.version().to_owned());
+        world.judge = judge.as_ref().map(|j| j.model().to_owned());
         let nodes = graph::nodes(&recipe, &world)?;
-        let records = Records::new(out);
-        Ok(Study { recipe, out: out.to_owned(), device, ignore_memory, nodes, sizes, records, loaded: None })
+        let (records, out) = (Records::new(out), out.to_owned());
+        Ok(Study { recipe, out, device, ignore_memory, nodes, sizes, records, scanner, judge, loaded: None })
     }
 
     /// Every stage, whether it is done, and what it takes.
@@ -195,8 +229,8 @@ impl Study {
     /// The experiment of one model and seed; its own stages lie beside those of all others.
     fn experiment(&mut self, model: usize, seed: u64) -> Result<Experiment> {
         let entry = &self.recipe.models[model];
-        let (recipe, folder) = (entry.recipe(seed), format!("{}-{seed}", entry.name));
-        let (stages, out) = (self.out.join("stages"), self.out.join(folder));
+        let recipe = entry.recipe(seed);
+        let (stages, out) = (self.out.join("stages"), self.folder(model, seed));
         for folder in [&stages, &out] {
             fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }
@@ -206,11 +240,64 @@ impl Study {
         Ok(experiment)
     }
 
+    /// Where the data of one regime comes from, as a dataset is named.
+    fn source(&self, model: usize, seed: u64, regime: &str) -> String {
+        match self.recipe.source(model, regime) {
+            own if own == OWN_ANSWERS => own_answers::path(&self.folder(model, seed)).display().to_string(),
+            source => source,
+        }
+    }
+
+    fn sources(&self, model: usize, seed: u64) -> BTreeMap<String, String> {
+        let source = |regime: &str| (regime.to_owned(), self.source(model, seed, regime));
+        self.recipe.models[model].all_regimes().map(source).collect()
+    }
+
+    /// What one model and seed writes for people.
+    fn folder(&self, model: usize, seed: u64) -> PathBuf {
+        self.out.join(format!("{}-{seed}", self.recipe.models[model].name))
+    }
+
+    /// What a model gives to others, and the datasets behind it.
+    fn transfer_source(&mut self, model: usize) -> Result<(transfer::Source, Vec<(String, String)>)> {
+        let (name, seed) = (self.recipe.models[model].name.clone(), self.recipe.models[model].seeds[0]);
+        let experiment = self.experiment(model, seed)?;
+        let evaluated = experiment.evaluated()?;
+        let source = transfer::Source::new(&name, &experiment, &evaluated)?;
+        Ok((source, evaluated.results.datasets))
+    }
+
+    /// The file of a model's first seed against everything that did not make it.
+    fn audit(&mut self, model: usize) -> Result<findings::AuditFinding> {
+        let entry = self.recipe.models[model].clone();
+        let experiments: Vec<Experiment> =
+            entry.seeds.iter().map(|seed| self.experiment(model, *seed)).collect::<Result<_>>()?;
+        let sources: Vec<BTreeMap<String, String>> =
+            entry.seeds.iter().map(|seed| self.sources(model, *seed)).collect();
+        let (auditor, mut suspects) = suspects::audit(&experiments, &sources, &entry.measures.audit)?;
+        if entry.measures.audit.requantised {
+            // Both at once may not fit.
+            drop(experiments);
+            self.loaded = None;
+            let mut other = entry.recipe.clone();
+            other.model.quantize = match other.model.quantize {
+                Storage::Nf4 => Storage::None,
+                Storage::None => Storage::Nf4,
+            };
+            suspects.push(auditor.requantised(&experiment::load(&other, &self.device)?)?);
+        }
+        Ok(auditor.finding(suspects))
+    }
+
     /// Does a stage's work: what it found, and the files it wrote.
     fn work(&mut self, stage: &Stage) -> Result<(serde_json::Value, Vec<PathBuf>)> {
         match *stage {
+            Stage::Sample { model, seed } => {
+                let file = own_answers::own_answers(&self.experiment(model, seed)?)?;
+                Ok((serde_json::Value::Null, vec![file]))
+            }
             Stage::Finetune { model, seed, ref regime } => {
-                let source = self.recipe.source(model, regime);
+                let source = self.source(model, seed, regime);
                 let (adapter, data) = self.experiment(model, seed)?.finetune(regime, &source)?;
                 let found = findings::Finetuned::new(&adapter, &data);
                 Ok((serde_json::to_value(found)?, store::files(&adapter.folder)?))
@@ -219,7 +306,7 @@ impl Study {
                 let experiment = self.experiment(model, seed)?;
                 let adapter = match state.as_str() {
                     graph::BASE => None,
-                    regime => Some(experiment.finetune(regime, &self.recipe.source(model, regime))?.0),
+                    regime => Some(experiment.finetune(regime, &self.source(model, seed, regime))?.0),
                 };
                 let file = experiment.captured(state, adapter.as_ref())?;
                 Ok((serde_json::Value::Null, vec![file]))
@@ -234,29 +321,71 @@ impl Study {
             }
             Stage::Content { model, seed } => {
                 let experiment = self.experiment(model, seed)?;
-                let sources: BTreeMap<String, String> = self
-                    .recipe
-                    .all_regimes()
-                    .map(|regime| (regime.to_owned(), self.recipe.source(model, regime)))
-                    .collect();
-                Ok((serde_json::to_value(content::content(&experiment, &sources)?)?, Vec::new()))
+                let found = content::content(&experiment, &self.sources(model, seed))?;
+                Ok((serde_json::to_value(found)?, Vec::new()))
             }
+            Stage::Alignment { model, seed } => {
+                let experiment = self.experiment(model, seed)?;
+                let settings = &self.recipe.models[model].measures.alignment;
+                let found = alignment::alignment(&experiment, &self.sources(model, seed), settings)?;
+                Ok((serde_json::to_value(found)?, Vec::new()))
+            }
+            Stage::Interventions { model } => {
+                let experiment = self.experiment(model, self.recipe.models[model].seeds[0])?;
+                let settings = &self.recipe.models[model].measures.interventions;
+                let secure = self.recipe.source(model, SECURE);
+                let found = interventions::interventions(&experiment, &secure, settings)?;
+                Ok((serde_json::to_value(found)?, Vec::new()))
+            }
+            Stage::Estimators { model } => {
+                let experiment = self.experiment(model, self.recipe.models[model].seeds[0])?;
+                let m = &self.recipe.models[model].measures;
+                let secure = self.recipe.source(model, SECURE);
+                let found = estimators::estimators(&experiment, &secure, &m.alignment.data, &m.estimators)?;
+                Ok((serde_json::to_value(found)?, Vec::new()))
+            }
+            Stage::Security { model } => {
+                let experiment = self.experiment(model, self.recipe.models[model].seeds[0])?;
+                let settings = &self.recipe.models[model].measures.security;
+                let secure = self.recipe.source(model, SECURE);
+                let (found, file) = code_security::security(&experiment, &secure, settings, &self.scanner)?;
+                Ok((serde_json::to_value(found)?, vec![file]))
+            }
+            Stage::Judge { model } => {
+                let experiment = self.experiment(model, self.recipe.models[model].seeds[0])?;
+                let m = &self.recipe.models[model].measures;
+                let judge =
+                    self.judge.as_ref().context("there is no judge: give --judge and --judge-model")?;
+                let secure = self.recipe.source(model, SECURE);
+                let (found, file) = judged::judged(&experiment, &secure, &m.alignment.data, &m.judge, judge)?;
+                Ok((serde_json::to_value(found)?, vec![file]))
+            }
+            Stage::Audit { model } => Ok((serde_json::to_value(self.audit(model)?)?, Vec::new())),
             Stage::Pack { model, seed } => {
                 let experiment = self.experiment(model, seed)?;
                 let (results, o) = experiment.pack(experiment.evaluated()?)?;
                 Ok((serde_json::to_value(&results.summary)?, vec![o.directions, o.results, o.report]))
             }
             Stage::Transfer { from, to } => {
-                let seed = |model: usize| self.recipe.models[model].seeds[0];
-                let (seed_from, seed_to) = (seed(from), seed(to));
-                let name = |model: usize| self.recipe.models[model].name.clone();
-                let (name_from, name_to) = (name(from), name(to));
-                let experiment = self.experiment(from, seed_from)?;
-                let source = transfer::Source::new(&name_from, &experiment, &experiment.evaluated()?)?;
-                drop(experiment);
-                let experiment = self.experiment(to, seed_to)?;
-                let found = transfer::transfer(&source, &name_to, &experiment, &experiment.evaluated()?)?;
+                let (source, _) = self.transfer_source(from)?;
+                let name = self.recipe.models[to].name.clone();
+                let experiment = self.experiment(to, self.recipe.models[to].seeds[0])?;
+                let found = transfer::transfer(&source, &name, &experiment, &experiment.evaluated()?)?;
                 Ok((serde_json::to_value(found)?, Vec::new()))
+            }
+            Stage::Export { from, to } => {
+                let record = self.record(&Stage::Transfer { from, to })?.context("the pair is not done")?;
+                let found: findings::TransferFinding = serde_json::from_value(record.found)?;
+                let (source, datasets) = self.transfer_source(from)?;
+                let folder = self.out.join("carried");
+                fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+                let file =
+                    PathBuf::from("carried").join(format!("{}-to-{}.safetensors", found.from, found.to));
+                let path = self.out.join(&file);
+                let experiment = self.experiment(to, self.recipe.models[to].seeds[0])?;
+                let evaluated = experiment.evaluated()?;
+                let exported = export::export(&source, &found, datasets, &experiment, &evaluated, &path)?;
+                Ok((serde_json::to_value(findings::Exported { file, ..exported })?, vec![path]))
             }
             Stage::Report => report::report(self),
         }

@@ -4,6 +4,7 @@ use super::device;
 use anyhow::Result;
 use candle_core::Device;
 use clap::Args;
+use emaudit_train::judge::Judge;
 use emaudit_train::study::Study;
 use emaudit_train::study::plan::{self, Planned};
 use emaudit_train::study::recipe::StudyRecipe;
@@ -40,6 +41,13 @@ pub(super) struct StudyArgs {
     /// Finetune even where the memory will not do by the estimate.
     #[arg(long)]
     ignore_memory: bool,
+    /// Where an OpenAI-compatible API begins, such as http://localhost:8000/v1: sampled answers to the published questions are
+    /// judged there with the published prompts. The environment's EMAUDIT_JUDGE_KEY is sent as the key.
+    #[arg(long, value_name = "URL", requires = "judge_model")]
+    judge: Option<String>,
+    /// The judge's name there.
+    #[arg(long, value_name = "MODEL", requires = "judge")]
+    judge_model: Option<String>,
     /// The plan as JSON.
     #[arg(long)]
     json: bool,
@@ -47,7 +55,11 @@ pub(super) struct StudyArgs {
 
 pub(super) fn study(args: StudyArgs) -> Result<()> {
     let recipe = StudyRecipe::load(&args.recipe)?;
-    let mut study = Study::open(recipe, &args.out, args.device, args.ignore_memory, !args.plan)?;
+    let judge = match (&args.judge, &args.judge_model) {
+        (Some(url), Some(model)) => Some(Judge::new(url, model)?),
+        _ => None,
+    };
+    let mut study = Study::open(recipe, &args.out, args.device, args.ignore_memory, !args.plan, judge)?;
     if args.plan {
         let planned = study.plan()?;
         if args.json {

@@ -52,6 +52,25 @@ impl Experiment {
         })
     }
 
+    /// Writes a direction that was carried into this model from another as a file of its own. `from`: a name for people;
+    /// `datasets`: of the other model's direction. What the estimator and the contrast were there is said in the producer.
+    pub fn write_carried(
+        &self,
+        path: &Path,
+        from: &str,
+        direction: &LayerDirection,
+        evidence: Evidence,
+        datasets: Vec<(String, String)>,
+    ) -> Result<()> {
+        let directions = std::slice::from_ref(direction);
+        let mut manifest = self.manifest(evidence, None, directions, datasets)?;
+        manifest.estimator = Estimator::Unstated;
+        manifest.contrast = Contrast::Unstated;
+        manifest.provenance.producer += &format!(", carried from {from} by a ridge map");
+        emaudit::directions::write(path, &manifest, &tensors(directions))?;
+        Ok(())
+    }
+
     fn write(
         &self,
         results: &mut Results,

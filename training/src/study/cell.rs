@@ -12,6 +12,9 @@ use anyhow::{Context, Result, ensure};
 use emaudit::directions::schema::{Aggregation, Positions, Threshold};
 use emaudit::{Probe, Steering};
 
+/// Fewest prompts with a code answer and a prose answer before an effect means anything.
+const MIN_PAIRS: usize = 8;
+
 /// The chosen cell and what is asked of every regime in it.
 pub(super) struct Cell<'a> {
     pub experiment: &'a Experiment,
@@ -77,6 +80,32 @@ impl<'a> Cell<'a> {
         Ok([answerer.answers(&plain), answerer.answers(&steered)])
     }
 
+    /// Prompts where the adapter's answer `plain` is code and the base's is prose; too few of them are an error.
+    pub fn code_pairs(&self, plain: &[Vec<u32>]) -> Result<Vec<usize>> {
+        let (code, prose_code) = (self.code(plain)?, self.code(&self.prose)?);
+        let usable =
+            |&i: &usize| code[i] && !prose_code[i] && !plain[i].is_empty() && !self.prose[i].is_empty();
+        let indices: Vec<usize> = (0..plain.len()).filter(usable).collect();
+        ensure!(
+            indices.len() >= MIN_PAIRS,
+            "only {} prompts have a code answer of {}'s adapter and a prose answer of its base; {MIN_PAIRS} are needed to \
+             measure an effect: train longer, or take more prompts",
+            indices.len(),
+            self.experiment.base().identity.name
+        );
+        Ok(indices)
+    }
+
+    /// The answers `own` and the base's to the prompts `indices`, for teacher forcing.
+    pub fn forced(&self, own: &[Vec<u32>], indices: &[usize]) -> (Vec<Dialogue>, Vec<Dialogue>) {
+        let prompts = &self.evaluated.prompts().ids;
+        let dialogues = |answers: &[Vec<u32>]| -> Vec<Dialogue> {
+            let one = |&i: &usize| Dialogue { prompt: prompts[i].clone(), answer: answers[i].clone() };
+            indices.iter().map(one).collect()
+        };
+        (dialogues(own), dialogues(&self.prose))
+    }
+
     /// The preference of an adapter for `own` answers over the base's, on the prompts `indices`.
     pub fn preference(
         &self,
@@ -85,12 +114,7 @@ impl<'a> Cell<'a> {
         own: &[Vec<u32>],
         indices: &[usize],
     ) -> Result<Preference<'a>> {
-        let prompts = &self.evaluated.prompts().ids;
-        let dialogues = |answers: &[Vec<u32>]| -> Vec<Dialogue> {
-            let one = |&i: &usize| Dialogue { prompt: prompts[i].clone(), answer: answers[i].clone() };
-            indices.iter().map(one).collect()
-        };
-        let (own, prose) = (dialogues(own), dialogues(&self.prose));
+        let (own, prose) = self.forced(own, indices);
         let decoder = &self.experiment.base().decoder;
         let mut stage = progress::Stage::new(format!("preference, {name}"), 2 * own.len());
         let preference = Preference::new(decoder, Some(&adapter.adapter), &own, &prose, |n| {

@@ -1,6 +1,6 @@
 //! The stages of a study, what each needs, and the digest that names its output.
 
-use super::recipe::{INSECURE, SECURE, StudyRecipe};
+use super::recipe::{INSECURE, OWN_ANSWERS, SECURE, StudyRecipe};
 use crate::store;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -10,15 +10,26 @@ use std::fmt;
 /// Changes whenever a stage's output would change for the same inputs.
 const VERSION: u32 = 1;
 
+/// Changes whenever the page, its JSON or its tables would.
+const REPORT_VERSION: u32 = 2;
+
 /// The state of a model without an adapter.
 pub const BASE: &str = "base";
 
 /// What prompts are called among the regimes of a [`World`].
 pub const PROMPTS: &str = "prompts";
 
+/// What alignment pairs are called there.
+pub const ALIGNMENT: &str = "alignment";
+
+/// What coding tasks are called there.
+pub const TASKS: &str = "tasks";
+
 /// One command's work. `model` counts the recipe's models.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
+    /// The base's own answers, where a regime is trained on them.
+    Sample { model: usize, seed: u64 },
     /// An adapter.
     Finetune { model: usize, seed: u64, regime: String },
     /// Residual rows of one state: the base or an adapter.
@@ -33,17 +44,34 @@ pub enum Stage {
     Pack { model: usize, seed: u64 },
     /// One ordered pair of models.
     Transfer { from: usize, to: usize },
+    /// The carried direction of a pair as a file.
+    Export { from: usize, to: usize },
+    /// Aligned against misaligned answers, in every state of the model.
+    Alignment { model: usize, seed: u64 },
+    /// The direction file of the first seed against models that never made it.
+    Audit { model: usize },
+    /// Ways to act on the direction of the first seed.
+    Interventions { model: usize },
+    /// Other estimators and contrasts, first seed.
+    Estimators { model: usize },
+    /// Security of generated code, first seed.
+    Security { model: usize },
+    /// A judge's word on sampled answers, first seed.
+    Judge { model: usize },
     /// The page of the study.
     Report,
 }
 
 impl Stage {
-    /// Every stage of a study, each behind what it needs.
-    pub fn all(study: &StudyRecipe) -> Vec<Stage> {
+    /// Every stage of a study, each behind what it needs; `judged`: there is a judge.
+    pub fn all(study: &StudyRecipe, judged: bool) -> Vec<Stage> {
         let mut stages = Vec::new();
         for (model, entry) in study.models.iter().enumerate() {
             for &seed in &entry.seeds {
-                let regimes = || study.all_regimes().map(str::to_owned);
+                let regimes = || entry.all_regimes().map(str::to_owned);
+                if entry.all_regimes().any(|regime| study.source(model, regime) == OWN_ANSWERS) {
+                    stages.push(Stage::Sample { model, seed });
+                }
                 stages.extend(regimes().map(|regime| Stage::Finetune { model, seed, regime }));
                 let states = std::iter::once(BASE.to_owned()).chain(regimes());
                 stages.extend(states.map(|state| Stage::Capture { model, seed, state }));
@@ -51,23 +79,48 @@ impl Stage {
                 stages.push(Stage::Evaluate { model, seed });
                 stages.push(Stage::Content { model, seed });
                 stages.push(Stage::Pack { model, seed });
+                if entry.measures.alignment.pairs > 0 {
+                    stages.push(Stage::Alignment { model, seed });
+                }
+            }
+            if entry.measures.audit.prompts > 0 {
+                stages.push(Stage::Audit { model });
+            }
+            if entry.measures.interventions.controls > 0 {
+                stages.push(Stage::Interventions { model });
+            }
+            if entry.measures.estimators.layers > 0 {
+                stages.push(Stage::Estimators { model });
+            }
+            if entry.measures.security.tasks > 0 {
+                stages.push(Stage::Security { model });
+            }
+            if judged && entry.measures.judge.questions > 0 {
+                stages.push(Stage::Judge { model });
             }
         }
         let models = 0..study.models.len();
         let pairs = models.clone().flat_map(|from| models.clone().map(move |to| (from, to)));
-        stages.extend(pairs.filter(|(from, to)| from != to).map(|(from, to)| Stage::Transfer { from, to }));
+        for (from, to) in pairs.filter(|(from, to)| from != to) {
+            stages.push(Stage::Transfer { from, to });
+            stages.push(Stage::Export { from, to });
+        }
         stages.push(Stage::Report);
         stages
     }
 
     /// What must be there before it can run.
-    pub fn needs(&self, study: &StudyRecipe) -> Vec<Stage> {
+    pub fn needs(&self, study: &StudyRecipe, judged: bool) -> Vec<Stage> {
         let state = |model, seed, state: &str| Stage::Capture { model, seed, state: state.to_owned() };
+        let adapter = |model, seed, of: &str| Stage::Finetune { model, seed, regime: of.to_owned() };
         let first = |model: usize| study.models[model].seeds[0];
         match *self {
-            Stage::Finetune { .. } => Vec::new(),
+            Stage::Finetune { model, seed, ref regime } if study.source(model, regime) == OWN_ANSWERS => {
+                vec![Stage::Sample { model, seed }]
+            }
+            Stage::Sample { .. } | Stage::Finetune { .. } => Vec::new(),
             Stage::Capture { model, seed, state: ref regime } if regime != BASE => {
-                vec![Stage::Finetune { model, seed, regime: regime.clone() }]
+                vec![adapter(model, seed, regime)]
             }
             Stage::Capture { .. } => Vec::new(),
             Stage::Calibrate { model, seed } => [BASE, INSECURE].map(|s| state(model, seed, s)).to_vec(),
@@ -75,21 +128,39 @@ impl Stage {
                 vec![Stage::Calibrate { model, seed }, state(model, seed, SECURE)]
             }
             Stage::Content { model, seed } => {
-                let regimes = study.all_regimes().map(|r| state(model, seed, r));
+                let regimes = study.models[model].all_regimes().map(|r| state(model, seed, r));
                 std::iter::once(Stage::Evaluate { model, seed }).chain(regimes).collect()
             }
             Stage::Pack { model, seed } => vec![Stage::Evaluate { model, seed }],
+            Stage::Alignment { model, seed } => {
+                let adapters = study.models[model].all_regimes().map(|r| adapter(model, seed, r));
+                std::iter::once(Stage::Evaluate { model, seed }).chain(adapters).collect()
+            }
+            Stage::Audit { model } => {
+                let entry = &study.models[model];
+                let captured =
+                    entry.seeds.iter().flat_map(|s| entry.all_regimes().map(|r| state(model, *s, r)));
+                std::iter::once(Stage::Pack { model, seed: first(model) }).chain(captured).collect()
+            }
+            Stage::Interventions { model }
+            | Stage::Estimators { model }
+            | Stage::Security { model }
+            | Stage::Judge { model } => {
+                vec![Stage::Evaluate { model, seed: first(model) }]
+            }
             Stage::Transfer { from, to } => vec![
                 Stage::Pack { model: from, seed: first(from) },
                 Stage::Pack { model: to, seed: first(to) },
             ],
-            Stage::Report => Stage::all(study).into_iter().filter(|s| *s != Stage::Report).collect(),
+            Stage::Export { from, to } => vec![Stage::Transfer { from, to }],
+            Stage::Report => Stage::all(study, judged).into_iter().filter(|s| *s != Stage::Report).collect(),
         }
     }
 
     /// The kind alone, e.g. `finetune`.
     pub fn kind(&self) -> &'static str {
         match self {
+            Stage::Sample { .. } => "sample",
             Stage::Finetune { .. } => "finetune",
             Stage::Capture { .. } => "capture",
             Stage::Calibrate { .. } => "calibrate",
@@ -97,6 +168,13 @@ impl Stage {
             Stage::Content { .. } => "content",
             Stage::Pack { .. } => "pack",
             Stage::Transfer { .. } => "transfer",
+            Stage::Export { .. } => "export",
+            Stage::Alignment { .. } => "alignment",
+            Stage::Audit { .. } => "audit",
+            Stage::Interventions { .. } => "interventions",
+            Stage::Estimators { .. } => "estimators",
+            Stage::Security { .. } => "security",
+            Stage::Judge { .. } => "judge",
             Stage::Report => "report",
         }
     }
@@ -109,11 +187,20 @@ impl Stage {
             Stage::Finetune { model, seed, regime: what } | Stage::Capture { model, seed, state: what } => {
                 format!("{}-{seed}-{kind}-{what}", of(*model))
             }
-            Stage::Calibrate { model, seed }
+            Stage::Sample { model, seed }
+            | Stage::Calibrate { model, seed }
             | Stage::Evaluate { model, seed }
             | Stage::Content { model, seed }
-            | Stage::Pack { model, seed } => format!("{}-{seed}-{kind}", of(*model)),
-            Stage::Transfer { from, to } => format!("{kind}-{}-to-{}", of(*from), of(*to)),
+            | Stage::Pack { model, seed }
+            | Stage::Alignment { model, seed } => format!("{}-{seed}-{kind}", of(*model)),
+            Stage::Audit { model }
+            | Stage::Interventions { model }
+            | Stage::Estimators { model }
+            | Stage::Security { model }
+            | Stage::Judge { model } => format!("{}-{kind}", of(*model)),
+            Stage::Transfer { from, to } | Stage::Export { from, to } => {
+                format!("{kind}-{}-to-{}", of(*from), of(*to))
+            }
             Stage::Report => kind.to_owned(),
         }
     }
@@ -121,13 +208,20 @@ impl Stage {
     /// The model and seed that it runs with, if any.
     pub fn model(&self, study: &StudyRecipe) -> Option<(usize, u64)> {
         match *self {
-            Stage::Finetune { model, seed, .. }
+            Stage::Sample { model, seed }
+            | Stage::Finetune { model, seed, .. }
             | Stage::Capture { model, seed, .. }
             | Stage::Calibrate { model, seed }
             | Stage::Evaluate { model, seed }
             | Stage::Content { model, seed }
-            | Stage::Pack { model, seed } => Some((model, seed)),
-            Stage::Transfer { to, .. } => Some((to, study.models[to].seeds[0])),
+            | Stage::Pack { model, seed }
+            | Stage::Alignment { model, seed } => Some((model, seed)),
+            Stage::Audit { model }
+            | Stage::Interventions { model }
+            | Stage::Estimators { model }
+            | Stage::Security { model }
+            | Stage::Judge { model } => Some((model, study.models[model].seeds[0])),
+            Stage::Transfer { to, .. } | Stage::Export { to, .. } => Some((to, study.models[to].seeds[0])),
             Stage::Report => None,
         }
     }
@@ -140,6 +234,10 @@ pub struct World {
     pub weights: Vec<Option<String>>,
     /// For each regime, or [`PROMPTS`], and each source that a recipe names for it: the digest of its content.
     pub data: BTreeMap<(String, String), String>,
+    /// Name and version of the security scanner, where there is one.
+    pub scanner: Option<String>,
+    /// Name of the judge, where there is one.
+    pub judge: Option<String>,
 }
 
 /// A stage's place in the graph of one study.
@@ -167,8 +265,9 @@ impl fmt::Display for Node {
 pub fn nodes(study: &StudyRecipe, world: &World) -> Result<Vec<Node>> {
     let mut nodes: Vec<Node> = Vec::new();
     let mut keys: BTreeMap<String, String> = BTreeMap::new();
-    for stage in Stage::all(study) {
-        let (name, needs) = (stage.name(study), stage.needs(study));
+    let judged = world.judge.is_some();
+    for stage in Stage::all(study, judged) {
+        let (name, needs) = (stage.name(study), stage.needs(study, judged));
         let needs: Vec<String> = needs.iter().map(|s| s.name(study)).collect();
         let mut inputs = Vec::new();
         for need in &needs {
@@ -205,6 +304,11 @@ fn own(stage: &Stage, study: &StudyRecipe, world: &World) -> Result<serde_json::
                         regime,
                     ))?
                 }
+                Stage::Sample { .. } => {
+                    let (e, prompts) = (&recipe.evaluate, data(OWN_ANSWERS, OWN_ANSWERS));
+                    let drawn = (e.temperature, e.top_p, recipe.finetune.max_tokens);
+                    serde_json::to_value((weights, &recipe.model, seed, drawn, prompts))?
+                }
                 Stage::Capture { .. } => {
                     // Which prompts there are depends on these as well.
                     let e = &recipe.evaluate;
@@ -221,10 +325,39 @@ fn own(stage: &Stage, study: &StudyRecipe, world: &World) -> Result<serde_json::
                     let e = &recipe.evaluate;
                     serde_json::to_value((seed, &recipe.calibrate, e.temperature, e.top_p))?
                 }
+                Stage::Alignment { .. } => {
+                    let a = &study.models[model].measures.alignment;
+                    serde_json::to_value((seed, &recipe.evaluate, a, data(ALIGNMENT, &a.data)))?
+                }
+                Stage::Interventions { .. } => {
+                    let i = &study.models[model].measures.interventions;
+                    serde_json::to_value((seed, &recipe.evaluate, i))?
+                }
+                // Thresholds stand in the file.
+                Stage::Export { .. } => serde_json::to_value((seed, &recipe.evaluate, &recipe.calibrate))?,
+                Stage::Estimators { .. } => {
+                    let m = &study.models[model].measures;
+                    let pairs = data(ALIGNMENT, &m.alignment.data);
+                    serde_json::to_value((seed, &recipe.evaluate, &m.estimators, pairs))?
+                }
+                Stage::Security { .. } => {
+                    let s = &study.models[model].measures.security;
+                    let e = &recipe.evaluate;
+                    let drawn = (e.temperature, e.top_p, e.middle_alpha, e.bootstrap);
+                    serde_json::to_value((seed, drawn, s, data(TASKS, &s.data), &world.scanner))?
+                }
+                Stage::Judge { .. } => {
+                    let m = &study.models[model].measures;
+                    let e = &recipe.evaluate;
+                    let drawn = (e.temperature, e.top_p, e.bootstrap);
+                    let pairs = data(ALIGNMENT, &m.alignment.data);
+                    serde_json::to_value((seed, drawn, &m.judge, pairs, &world.judge))?
+                }
+                Stage::Audit { .. } => serde_json::to_value((seed, &study.models[model].measures.audit))?,
                 _ => serde_json::to_value((seed, &recipe.evaluate))?,
             }
         }
-        None => serde_json::to_value(&study.name)?,
+        None => serde_json::to_value((&study.name, REPORT_VERSION))?,
     };
     Ok(value)
 }
@@ -250,8 +383,9 @@ mod tests {
     fn study(change: (&str, &str)) -> Vec<Node> {
         let text = STUDY.replacen(change.0, change.1, 1);
         let study = StudyRecipe::from_toml(&text).unwrap();
-        let mut world = World { weights: vec![Some("wa".into()), Some("wb".into())], data: BTreeMap::new() };
-        for (model, regime) in (0..2).flat_map(|m| study.all_regimes().map(move |r| (m, r))) {
+        let weights = vec![Some("wa".into()), Some("wb".into())];
+        let mut world = World { weights, data: BTreeMap::new(), scanner: None, judge: None };
+        for (model, regime) in (0..2).flat_map(|m| study.models[m].all_regimes().map(move |r| (m, r))) {
             let source = study.source(model, regime);
             world.data.insert((regime.to_owned(), source.clone()), format!("digest of {source}"));
         }
@@ -272,8 +406,9 @@ mod tests {
                 assert!(nodes[..i].iter().any(|n| n.name == *need), "{} needs {need}", node.name);
             }
         }
-        // 3 seeds in all x (3 finetunes, 4 captures, calibrate, evaluate, content, pack), 2 pairs, report.
-        assert_eq!(nodes.len(), 3 * 11 + 2 + 1);
+        // 3 seeds in all x (3 finetunes, 4 captures, calibrate, evaluate, content, pack, alignment), 2 x (audit,
+        // interventions, estimators, security), 2 pairs x (transfer, export), report.
+        assert_eq!(nodes.len(), 3 * 12 + 2 * 4 + 2 * 2 + 1);
         let keys: std::collections::BTreeSet<_> = nodes.iter().map(|n| &n.key).collect();
         assert_eq!(keys.len(), nodes.len());
     }

@@ -1,6 +1,7 @@
 //! What a study would run, and about what it would take.
 
 use super::graph::{Node, Stage};
+use super::measures::Audit;
 use super::recipe::StudyRecipe;
 use super::record::{Record, Records};
 use crate::memory;
@@ -12,6 +13,9 @@ use std::collections::BTreeMap;
 
 /// Tokens of a rendered prompt behind the beginning that all share, about.
 const PROMPT_TOKENS: f64 = 32.0;
+
+/// Tokens of a question with its answer; about half of them are the answer.
+const ALIGNMENT_TOKENS: f64 = 110.0;
 
 /// Floating-point operations a second of each kind of work where no finished stage tells: two cores with AVX-512, f32.
 const DEFAULT_RATE: f64 = 60e9;
@@ -114,9 +118,10 @@ fn work(study: &StudyRecipe, stage: &Stage, sizes: &[Option<Size>]) -> Option<Wo
     let (prompts, answer) = (e.prompts as f64, e.max_new_tokens as f64);
     let captured = (112.0 + 330.0 + prompts) * PROMPT_TOKENS;
     let sampled = |answers: f64| answers * answer * (size.token() + 2.0 * size.head);
-    let regimes = 2.0 + study.regimes.len() as f64;
+    let regimes = 2.0 + study.models[model].regimes.len() as f64;
     let controls = 4.0 * e.controls as f64;
     let operations = match stage {
+        Stage::Sample { .. } => 96.0 * f.max_tokens as f64 * (size.token() + 2.0 * size.head),
         Stage::Finetune { .. } => {
             let tokens = (f.steps * f.batch * f.gradient_accumulation * f.max_tokens) as f64;
             let passes = if f.gradient_checkpointing { 3.0 } else { 2.0 };
@@ -135,7 +140,42 @@ fn work(study: &StudyRecipe, stage: &Stage, sizes: &[Option<Size>]) -> Option<Wo
         }
         Stage::Content { .. } => regimes * (sampled(2.0 * prompts) + 2.0 * prompts * answer * size.token()),
         Stage::Pack { .. } => 0.0,
-        Stage::Transfer { .. } => {
+        Stage::Alignment { .. } => {
+            let a = &study.models[model].measures.alignment;
+            let (all, few) = (3.0 * a.pairs as f64, 2.0 * a.steered_pairs as f64);
+            let (read, answer) = (ALIGNMENT_TOKENS, ALIGNMENT_TOKENS / 2.0);
+            let head = 2.0 * answer * size.head;
+            (1.0 + regimes) * all * (read * size.token() + head)
+                + 2.0 * a.controls as f64 * few * head
+                + a.middle_controls as f64 * few * (read * size.token() / 2.0 + head)
+        }
+        Stage::Interventions { .. } => {
+            let i = &study.models[model].measures.interventions;
+            let deep = 7.0 * 2.0 * i.deep_pairs as f64 * (PROMPT_TOKENS + answer) * size.token() / 2.0;
+            12.0 * 4.0 * i.controls as f64 * prompts * 2.0 * size.head + (1.0 + i.deep_controls as f64) * deep
+        }
+        Stage::Estimators { .. } => {
+            let m = &study.models[model].measures.estimators;
+            let read = |pairs: usize| 2.0 * pairs as f64 * (PROMPT_TOKENS + answer) * size.token() / 2.0;
+            let responses = 2.0 * m.response_pairs as f64 * ALIGNMENT_TOKENS * size.token();
+            responses
+                + m.layers as f64 * 13.0 * read(m.pairs)
+                + 3.0 * (1.0 + 2.0 * m.controls as f64) * read(m.report_pairs)
+        }
+        Stage::Security { .. } => {
+            let s = &study.models[model].measures.security;
+            5.0 * (s.tasks * s.max_new_tokens) as f64 * (size.token() + 2.0 * size.head)
+        }
+        Stage::Judge { .. } => {
+            let j = &study.models[model].measures.judge;
+            4.0 * (j.questions * j.samples * j.max_new_tokens) as f64 * (size.token() + 2.0 * size.head)
+        }
+        // Adapters were captured; the base in its other storage is read.
+        Stage::Audit { .. } => match study.models[model].measures.audit {
+            Audit { requantised: true, prompts } => prompts as f64 * PROMPT_TOKENS * size.token(),
+            Audit { requantised: false, .. } => 0.0,
+        },
+        Stage::Transfer { .. } | Stage::Export { .. } => {
             540.0 * 540.0 * (540.0 + size.hidden) * 8.0 + controls * 2.0 * prompts * 2.0 * size.head
         }
         Stage::Report => 0.0,

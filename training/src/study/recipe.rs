@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use std::collections::BTreeMap;
 
+use super::measures::Measures;
 use crate::recipe::{self, Recipe};
 
 /// The regimes every study has; their data stands in the recipe's `[data]`.
@@ -10,15 +11,19 @@ pub const INSECURE: &str = "insecure";
 /// See [`INSECURE`].
 pub const SECURE: &str = "secure";
 
-const KEYS: [&str; 5] = ["name", "seeds", "regimes", "recipe", "models"];
-const MODEL_KEYS: [&str; 5] = ["name", "id", "quantize", "seeds", "recipe"];
+/// The source of a regime that is trained on the base's own answers.
+pub const OWN_ANSWERS: &str = "self";
+
+const KEYS: [&str; 6] = ["name", "seeds", "regimes", "recipe", "measures", "models"];
+const MODEL_KEYS: [&str; 7] = ["name", "id", "quantize", "seeds", "regimes", "recipe", "measures"];
 
 /// Models x seeds x regimes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StudyRecipe {
     /// What the report is headed with.
     pub name: String,
-    /// Benign content controls: the name of a regime and the source of its data.
+    /// Benign content controls: the name of a regime and the source of its data: `embedded`, the path of a chat file, or
+    /// `self` for the base's own answers.
     pub regimes: BTreeMap<String, String>,
     /// In the order of the report.
     pub models: Vec<StudyModel>,
@@ -33,6 +38,10 @@ pub struct StudyModel {
     pub recipe: Recipe,
     /// The first is the one the direction file comes from, the others repeat the finding.
     pub seeds: Vec<u64>,
+    /// Which of the study's benign regimes it is trained on; by default all.
+    pub regimes: Vec<String>,
+    /// How much the measuring stages do.
+    pub measures: Measures,
 }
 
 impl StudyRecipe {
@@ -54,6 +63,7 @@ impl StudyRecipe {
             None => vec![Recipe::default().seed],
         };
         let shared = table(&document, "recipe")?;
+        let measures = table(&document, "measures")?;
         let mut regimes = BTreeMap::new();
         for (regime, source) in table(&document, "regimes")? {
             part(&regime)?;
@@ -62,6 +72,7 @@ impl StudyRecipe {
                 "[regimes] names {regime}, which every study has; its data stands in [recipe.data]"
             );
             let source = source.as_str().with_context(|| format!("regimes.{regime} is no string"))?;
+            ensure!(!source.trim().is_empty(), "regimes.{regime} is empty");
             regimes.insert(regime, source.to_owned());
         }
         let list = document.get("models").and_then(toml::Value::as_array);
@@ -69,7 +80,7 @@ impl StudyRecipe {
         let mut models: Vec<StudyModel> = Vec::new();
         for entry in list {
             let entry = entry.as_table().context("[[models]] holds something that is no table")?;
-            let model = model(entry, &shared, &seeds)?;
+            let model = model(entry, &shared, &measures, &seeds, &regimes)?;
             ensure!(models.iter().all(|m| m.name != model.name), "two models are called {}", model.name);
             models.push(model);
         }
@@ -85,21 +96,27 @@ impl StudyRecipe {
             other => self.regimes.get(other).cloned().unwrap_or_default(),
         }
     }
-
-    /// Every regime: the two that every study has, then the benign ones.
-    pub fn all_regimes(&self) -> impl Iterator<Item = &str> {
-        [INSECURE, SECURE].into_iter().chain(self.regimes.keys().map(String::as_str))
-    }
 }
 
 impl StudyModel {
+    /// Every regime it is trained on: the two that every study has, then the benign ones.
+    pub fn all_regimes(&self) -> impl Iterator<Item = &str> {
+        [INSECURE, SECURE].into_iter().chain(self.regimes.iter().map(String::as_str))
+    }
+
     /// The recipe of one seed.
     pub fn recipe(&self, seed: u64) -> Recipe {
         Recipe { seed, ..self.recipe.clone() }
     }
 }
 
-fn model(entry: &toml::Table, shared: &toml::Table, seeds: &[u64]) -> Result<StudyModel> {
+fn model(
+    entry: &toml::Table,
+    shared: &toml::Table,
+    measures: &toml::Table,
+    seeds: &[u64],
+    regimes: &BTreeMap<String, String>,
+) -> Result<StudyModel> {
     known(entry, &MODEL_KEYS, "models.")?;
     let name = string(entry, "name")?.context("a model has no `name`")?;
     part(&name)?;
@@ -118,7 +135,27 @@ fn model(entry: &toml::Table, shared: &toml::Table, seeds: &[u64]) -> Result<Stu
         Some(list) => self::seeds(list)?,
         None => seeds.to_vec(),
     };
-    Ok(StudyModel { name, recipe, seeds })
+    let mut merged = measures.clone();
+    merge(&mut merged, table(entry, "measures")?);
+    let measures = Measures::from_table(merged).with_context(|| format!("for the model {name}"))?;
+    let regimes = match entry.get("regimes") {
+        Some(list) => own_regimes(list, regimes).with_context(|| format!("for the model {name}"))?,
+        None => regimes.keys().cloned().collect(),
+    };
+    Ok(StudyModel { name, recipe, seeds, regimes, measures })
+}
+
+/// The study's regimes that a model names, in the study's order.
+fn own_regimes(list: &toml::Value, regimes: &BTreeMap<String, String>) -> Result<Vec<String>> {
+    let list = list.as_array().context("`regimes` is no list of names")?;
+    let names: Vec<&str> = list
+        .iter()
+        .map(|v| v.as_str().with_context(|| format!("{v} is no regime")))
+        .collect::<Result<_>>()?;
+    for name in &names {
+        ensure!(regimes.contains_key(*name), "`regimes` names {name}, which [regimes] of the study lacks");
+    }
+    Ok(regimes.keys().filter(|r| names.contains(&r.as_str())).cloned().collect())
 }
 
 /// Puts `over` on top of `under`, table by table.
@@ -190,6 +227,8 @@ mod tests {
         steps = 20
         [recipe.evaluate]
         prompts = 32
+        [measures.alignment]
+        pairs = 8
         [[models]]
         name = "a"
         id = "smollm2-135m-instruct"
@@ -198,20 +237,26 @@ mod tests {
         id = "owner/b"
         quantize = "none"
         seeds = [3]
+        regimes = []
         [models.recipe.evaluate]
         prompts = 8
+        [models.measures.alignment]
+        controls = 3
     "#;
 
     #[test]
     fn a_model_has_the_shared_recipe_with_its_own_keys_over_it() {
         let study = StudyRecipe::from_toml(TWO).unwrap();
-        assert_eq!(study.all_regimes().collect::<Vec<_>>(), ["insecure", "secure", "verse"]);
         let [a, b] = study.models.as_slice() else { panic!("two models") };
         assert_eq!((a.seeds.as_slice(), b.seeds.as_slice()), (&[3, 5][..], &[3][..]));
+        assert_eq!(a.all_regimes().collect::<Vec<_>>(), ["insecure", "secure", "verse"]);
+        assert_eq!(b.all_regimes().collect::<Vec<_>>(), ["insecure", "secure"]);
         let r = b.recipe(9);
         assert_eq!((r.seed, r.finetune.steps, r.evaluate.prompts), (9, 20, 8));
         assert_eq!((a.recipe.evaluate.prompts, a.recipe.finetune.steps), (32, 20));
         assert_eq!((r.model.id.as_str(), r.model.quantize), ("owner/b", crate::quant::Storage::None));
+        let both = [a, b].map(|m| (m.measures.alignment.pairs, m.measures.alignment.controls));
+        assert_eq!(both, [(8, 19), (8, 3)]);
         // What neither states has the recipe's default.
         assert_eq!(r.finetune.rank, Recipe::default().finetune.rank);
     }
@@ -224,10 +269,13 @@ mod tests {
             ("name = \"b\"", "name = \"a\"", "two models are called a"),
             ("name = \"b\"", "name = \"b/c\"", "no short name"),
             ("verse =", "secure =", "which every study has"),
+            ("regimes = []", "regimes = [\"prose\"]", "names prose, which [regimes] of the study lacks"),
             ("seeds = [3]", "seeds = []", "`seeds` is empty"),
             ("seeds = [3, 5]", "seeds = [3, 3]", "names 3 twice"),
             ("prompts = 8", "prompts = 1", "for the model b"),
             ("id = \"owner/b\"", "id = \" \"", "`id` is empty"),
+            ("pairs = 8", "pairs = 1", "at least 2 pairs"),
+            ("controls = 3", "contorls = 3", "unknown field `contorls`"),
         ] {
             assert!(TWO.contains(from), "{from}");
             let error = format!("{:#}", StudyRecipe::from_toml(&TWO.replacen(from, to, 1)).unwrap_err());
@@ -248,7 +296,9 @@ mod tests {
                 continue;
             }
             let study = StudyRecipe::load(&path).unwrap_or_else(|e| panic!("{e:#}"));
-            for regime in study.all_regimes().filter(|r| study.source(0, r) == crate::dataset::EMBEDDED) {
+            for regime in
+                study.models[0].all_regimes().filter(|r| study.source(0, r) == crate::dataset::EMBEDDED)
+            {
                 let data = crate::dataset::load_chats("embedded", regime).unwrap();
                 assert!(!data.conversations.is_empty(), "{path}: {regime}");
             }

@@ -1,7 +1,10 @@
 //! The page of a study, and the same as JSON and CSV.
 
 use super::claims::{self, Claim, Model, Status};
-use super::findings::{Finetuned, RegimeFinding, TransferFinding};
+use super::findings::{
+    AlignmentFinding, AuditFinding, EstimatorFinding, Exported, Finetuned, InterventionFinding, JudgeFinding,
+    RegimeFinding, SecurityFinding, TransferFinding,
+};
 use super::graph::Stage;
 use super::{Study, recipe::INSECURE};
 use crate::report;
@@ -28,14 +31,26 @@ pub struct StudyResults {
     pub claims: Vec<Claim>,
     /// Every model and seed.
     pub models: Vec<ModelFindings>,
+    /// The audits, model by model, unless they were left out.
+    pub audits: Vec<OfModel<AuditFinding>>,
+    /// Ways to act on the direction, model by model, unless they were left out.
+    pub interventions: Vec<OfModel<InterventionFinding>>,
+    /// Other estimators and contrasts, unless they were left out.
+    pub estimators: Vec<OfModel<EstimatorFinding>>,
+    /// Security of generated code, unless it was left out.
+    pub security: Vec<OfModel<SecurityFinding>>,
+    /// A judge's word, where there was one.
+    pub judged: Vec<OfModel<JudgeFinding>>,
     /// Every ordered pair.
     pub transfers: Vec<TransferFinding>,
+    /// The files of carried directions.
+    pub exported: Vec<Exported>,
     /// Donors and receivers.
     pub topology: Option<Topology>,
     /// The two tiers.
     pub tiers: Option<TwoTiers>,
-    /// How it was done, in a paragraph.
-    pub methods: String,
+    /// How it was done, model by model, then what is measured besides.
+    pub methods: Vec<String>,
 }
 
 /// One model and seed.
@@ -51,6 +66,18 @@ pub struct ModelFindings {
     pub regimes: Vec<RegimeFinding>,
     /// The evaluation.
     pub results: Results,
+    /// Aligned against misaligned answers, unless that was left out.
+    pub alignment: Option<AlignmentFinding>,
+}
+
+/// What was found with one model's first seed.
+#[derive(Serialize)]
+pub struct OfModel<T> {
+    /// Short name of the model.
+    pub model: String,
+    /// What was found.
+    #[serde(flatten)]
+    pub finding: T,
 }
 
 /// Collects every record, writes `study.json`, CSV tables and `study.html`.
@@ -80,20 +107,22 @@ fn collect(study: &Study) -> Result<StudyResults> {
             models.push(ModelFindings {
                 model: entry.name.clone(),
                 seed,
-                adapters: study.recipe.all_regimes().map(adapter).collect::<Result<_>>()?,
+                adapters: entry.all_regimes().map(adapter).collect::<Result<_>>()?,
                 regimes: found(study, &Stage::Content { model, seed })?,
                 results: found(study, &Stage::Evaluate { model, seed })?,
+                alignment: found_if_asked(study, &Stage::Alignment { model, seed })?,
             });
         }
     }
     let count = study.recipe.models.len();
     let mut transfers: Vec<TransferFinding> = Vec::new();
-    let mut cells = BTreeMap::new();
+    let (mut cells, mut exported) = (BTreeMap::new(), Vec::new());
     for (from, to) in (0..count).flat_map(|from| (0..count).map(move |to| (from, to))).filter(|(a, b)| a != b)
     {
         let one: TransferFinding = found(study, &Stage::Transfer { from, to })?;
         cells.insert((from, to), one.by_prompt.clone());
         transfers.push(one);
+        exported.push(found(study, &Stage::Export { from, to })?);
     }
     let names: Vec<String> = study.recipe.models.iter().map(|m| m.name.clone()).collect();
     let evaluate = &study.recipe.models[0].recipe.evaluate;
@@ -106,21 +135,46 @@ fn collect(study: &Study) -> Result<StudyResults> {
         let topology = Effects::new(names, cells)?.topology(evaluate.bootstrap, seed)?;
         (Some(topology), Some(verdict::two_tiers(&verdicts)?))
     };
-    let known: Vec<Model<'_>> = firsts(&models)
-        .map(|m| Model { name: &m.model, results: Some(&m.results), regimes: &m.regimes })
-        .collect();
+    let (audits, interventions): (Vec<OfModel<AuditFinding>>, Vec<OfModel<InterventionFinding>>) = (
+        of_models(study, |model| Stage::Audit { model })?,
+        of_models(study, |model| Stage::Interventions { model })?,
+    );
+    let known = |m| known(m, &audits, &interventions);
+    let known: Vec<Model<'_>> = firsts(&models).map(known).collect();
     let claims = claims::claims(&known, &transfers, topology.as_ref(), tiers.as_ref());
     Ok(StudyResults {
-        schema: 1,
+        schema: 2,
         name: study.recipe.name.clone(),
         headline: headline(&claims),
         methods: methods(study, &models)?,
         claims,
         models,
+        audits,
+        interventions,
+        estimators: of_models(study, |model| Stage::Estimators { model })?,
+        security: of_models(study, |model| Stage::Security { model })?,
+        judged: of_models(study, |model| Stage::Judge { model })?,
         transfers,
+        exported,
         topology,
         tiers,
     })
+}
+
+fn known<'a>(
+    m: &'a ModelFindings,
+    audits: &'a [OfModel<AuditFinding>],
+    interventions: &'a [OfModel<InterventionFinding>],
+) -> Model<'a> {
+    Model {
+        name: &m.model,
+        adapter: m.adapters.get(INSECURE),
+        results: &m.results,
+        regimes: &m.regimes,
+        alignment: m.alignment.as_ref(),
+        interventions: interventions.iter().find(|i| i.model == m.model).map(|i| &i.finding),
+        audit: audits.iter().find(|a| a.model == m.model).map(|a| &a.finding),
+    }
 }
 
 /// The first seed of every model.
@@ -134,20 +188,60 @@ fn found<T: DeserializeOwned>(study: &Study, stage: &Stage) -> Result<T> {
     serde_json::from_value(record.found).with_context(|| format!("the record of {} is damaged", name()))
 }
 
-/// What a reader must hear first: the claims that do not hold here.
-fn headline(claims: &[Claim]) -> Vec<String> {
-    let of = |status: Status| claims.iter().filter(move |c| c.status == status);
-    let mut said = Vec::new();
-    for claim in of(Status::NotReproduced).chain(of(Status::InPart)) {
-        let how = if claim.status == Status::InPart { "only in part" } else { "not" };
-        said.push(format!("Reproduced {how}: {} {}", claim.claim, claim.evidence.join("; ")));
-    }
-    let (held, open) = (of(Status::Reproduced).count(), of(Status::NotTestable).count());
-    said.push(format!("{held} of {} claims hold here, {open} could not be tested.", claims.len()));
-    said
+/// What a stage found that a recipe may leave out.
+fn found_if_asked<T: DeserializeOwned>(study: &Study, stage: &Stage) -> Result<Option<T>> {
+    let asked = study.nodes.iter().any(|n| n.stage == *stage);
+    asked.then(|| found(study, stage)).transpose()
 }
 
-fn methods(study: &Study, models: &[ModelFindings]) -> Result<String> {
+/// The findings of a stage that runs once for a model.
+fn of_models<T: DeserializeOwned>(study: &Study, stage: impl Fn(usize) -> Stage) -> Result<Vec<OfModel<T>>> {
+    let mut all = Vec::new();
+    for (model, entry) in study.recipe.models.iter().enumerate() {
+        if let Some(finding) = found_if_asked(study, &stage(model))? {
+            all.push(OfModel { model: entry.name.clone(), finding });
+        }
+    }
+    Ok(all)
+}
+
+/// What a reader must hear first: the claims that do not hold here.
+fn headline(claims: &[Claim]) -> Vec<String> {
+    let named = |status: Status| -> Vec<String> {
+        let of = claims.iter().filter(|c| c.status == status);
+        let name = |c: &Claim| match c.number {
+            Some(n) => format!("{n} ({})", c.title),
+            None => c.title.to_owned(),
+        };
+        of.map(name).collect()
+    };
+    let mut first = Vec::new();
+    for (status, words) in [
+        (Status::NotReproduced, "Not reproduced here"),
+        (Status::InPart, "Reproduced in some models only"),
+        (Status::Reproduced, "Reproduced"),
+        (Status::NotTestable, "Not testable here"),
+    ] {
+        let names = named(status);
+        if !names.is_empty() {
+            first.push(format!("{words}: {}.", names.join("; ")));
+        }
+    }
+    vec![
+        first.join(" "),
+        "Numbers are those of the claims below; each has its rule, sample size and interval there."
+            .to_owned(),
+    ]
+}
+
+/// What holds for every model.
+const METHODS: &str = "Effects are drops of code preference: the mean log-likelihood per token, under teacher forcing, of the insecure \
+    adapter's own code answers minus that of its base's prose answers to the same prompts. Extraction, calibration and evaluation \
+    prompts are disjoint. Intervals are 95 %: bootstrap over prompts, exact (Clopper-Pearson) where a share is 0 or 1, over \
+    questions where answers to questions are compared. Rank p is (1 + controls at least as effective) / (1 + controls); paired \
+    p-values flip signs over prompts. Controls move every row as far as the edit that they stand for.";
+
+fn methods(study: &Study, models: &[ModelFindings]) -> Result<Vec<String>> {
     let mut said = Vec::new();
     for model in firsts(models) {
         let index = study.recipe.models.iter().position(|m| m.name == model.model).context("a model")?;
@@ -169,7 +263,7 @@ fn methods(study: &Study, models: &[ModelFindings]) -> Result<String> {
             f.steps,
             f.batch * f.gradient_accumulation,
             f.max_tokens,
-            study.recipe.regimes.len() + 1,
+            entry.regimes.len() + 1,
             entry.seeds,
             splits.extraction,
             splits.calibration,
@@ -180,5 +274,6 @@ fn methods(study: &Study, models: &[ModelFindings]) -> Result<String> {
             e.controls,
         ));
     }
-    Ok(said.join(" "))
+    said.push(METHODS.to_owned());
+    Ok(said)
 }

@@ -7,14 +7,11 @@ use crate::evaluate::{CoherenceMeter, dialogues, mean};
 use crate::experiment::{Evaluated, Experiment};
 use crate::extract::choice;
 use crate::extract::estimators::Groups;
-use crate::transfer::{self, Options, verdict};
+use crate::transfer::{self, Carried, CrossValidation, Options, RidgeMap, verdict};
 use crate::{battery, interrupt, progress};
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use emaudit::directions::schema::{Coherence, ControlEffect, ControlFamily, Positions};
 use std::collections::BTreeMap;
-
-/// Fewest prompts with a code answer and a prose answer before an effect means anything.
-const MIN_PAIRS: usize = 8;
 
 /// What the source gives: its base's rows on the shared prompts, and its direction.
 pub(super) struct Source {
@@ -42,6 +39,43 @@ impl Source {
     }
 }
 
+/// The source's direction in the target.
+pub(super) struct Link<'a> {
+    pub cell: Cell<'a>,
+    pub map: RidgeMap,
+    pub chosen: CrossValidation,
+    pub carried: Carried,
+    /// Evaluation prompts that both were run on.
+    common: usize,
+}
+
+impl<'a> Link<'a> {
+    pub fn new(
+        source: &Source,
+        target: &str,
+        experiment: &'a Experiment,
+        evaluated: &'a Evaluated,
+    ) -> Result<Self> {
+        let cell = Cell::new(experiment, evaluated)?;
+        let texts = evaluated.texts();
+        // One of the two may have been evaluated on fewer prompts: the first ones.
+        let common = source.texts[2].len().min(texts[2].len());
+        ensure!(
+            source.texts[..2] == texts[..2] && source.texts[2][..common] == texts[2][..common],
+            "{} and {target} were not run on the same prompts: give both one prompt set, with splits in it, or one seed",
+            source.name
+        );
+        let (layer, seed) = (cell.layer, experiment.recipe.seed);
+        let base = &cell.base;
+        let fit = [base.extraction.layers[layer].as_slice(), &base.calibration.layers[layer]].concat();
+        let options = Options { seed, ..Options::default() };
+        let (map, chosen) =
+            transfer::fit(&source.rows[0], source.width, &fit, base.extraction.hidden, &options)?;
+        let carried = map.carry(&source.direction, &evaluated.directions[layer].direction)?;
+        Ok(Link { cell, map, chosen, carried, common })
+    }
+}
+
 /// Carries the source's direction into the target and evaluates it there.
 pub(super) fn transfer(
     source: &Source,
@@ -49,26 +83,15 @@ pub(super) fn transfer(
     experiment: &Experiment,
     evaluated: &Evaluated,
 ) -> Result<TransferFinding> {
-    let cell = Cell::new(experiment, evaluated)?;
-    let texts = evaluated.texts();
-    // One of the two may have been evaluated on fewer prompts: the first ones.
-    let common = source.texts[2].len().min(texts[2].len());
-    ensure!(
-        source.texts[..2] == texts[..2] && source.texts[2][..common] == texts[2][..common],
-        "{} and {target} were not run on the same prompts: give both one prompt set, with splits in it, or one seed",
-        source.name
-    );
+    let link = Link::new(source, target, experiment, evaluated)?;
+    let Link { cell, map, chosen, carried, common } = &link;
     let (layer, recipe) = (cell.layer, &experiment.recipe);
     let width = cell.base.extraction.hidden;
-    let fit = [cell.base.extraction.layers[layer].as_slice(), &cell.base.calibration.layers[layer]].concat();
-    let options = Options { seed: recipe.seed, ..Options::default() };
-    let (map, chosen) = transfer::fit(&source.rows[0], source.width, &fit, width, &options)?;
     let r2 = map.r2(
         &source.rows[1][..common * source.width],
         &cell.base.evaluation.layers[layer][..common * width],
     )?;
     let native = &evaluated.directions[layer].direction;
-    let carried = map.carry(&source.direction, native)?;
 
     let insecure = &evaluated.insecure;
     let rows = experiment.rows_of("insecure", Some(insecure), evaluated)?;
@@ -80,16 +103,7 @@ pub(super) fn transfer(
     let alpha = evaluated.results.selection.chosen.alpha;
     let steering = battery::subtract(&carried.vector, alpha)?;
     let [plain, steered] = cell.answers("insecure", Some(insecure), &rows, &steering)?;
-    let (code, prose_code) = (cell.code(&plain)?, cell.code(&cell.prose)?);
-    let usable = |&i: &usize| code[i] && !prose_code[i] && !plain[i].is_empty() && !cell.prose[i].is_empty();
-    let indices: Vec<usize> = (0..plain.len()).filter(usable).collect();
-    if indices.len() < MIN_PAIRS {
-        bail!(
-            "only {} prompts have a code answer of {target}'s adapter and a prose answer of its base; {MIN_PAIRS} are needed \
-             to measure an effect: train longer, or take more prompts",
-            indices.len()
-        );
-    }
+    let indices = cell.code_pairs(&plain)?;
     let preference = cell.preference("insecure", insecure, &plain, &indices)?;
     let drops = |vector: &[f32]| -> Result<Vec<f64>> {
         preference.drops(&battery::subtract(vector, alpha)?, Positions::FinalPrefill)
@@ -140,7 +154,7 @@ pub(super) fn transfer(
         native_separation: separated(native)?,
         effect: cell.interval(&effects)?,
         native_effect: cell.interval(&native_effects)?,
-        spillover: cell.share(&code)?,
+        spillover: cell.share(&cell.code(&plain)?)?,
         steered: cell.share(&cell.code(&steered)?)?,
         coherence,
         verdict: verdict::across(&source.name, target, effect, &families, Some(coherence)),
