@@ -202,11 +202,15 @@ impl Probe {
 
     /// The dot product of every row.
     pub(crate) fn dots<T: Scored>(&self, rows: &Rows<'_>, out: &mut [f32]) {
+        let (kernel, unit) = (&self.inner.kernel, &*self.inner.unit);
+        if !kernel.reads_side_by_side() {
+            return out.iter_mut().enumerate().for_each(|(i, out)| *out = kernel.dot(rows.row::<T>(i), unit));
+        }
         for batch in Batch::all::<{ Kernel::SIDE_BY_SIDE }>(rows.rows()) {
             let (mut some, mut dots) = ([&[][..]; Kernel::SIDE_BY_SIDE], [0.0; Kernel::SIDE_BY_SIDE]);
             batch.rows().zip(&mut some).for_each(|(i, row)| *row = rows.row::<T>(i));
             let count = batch.len();
-            self.inner.kernel.dots(&some[..count], &[&self.inner.unit], &[], &mut dots[..count]);
+            kernel.dots(&some[..count], &[unit], &[], &mut dots[..count]);
             batch.rows().zip(dots).for_each(|(i, dot)| out[i] = dot);
         }
     }

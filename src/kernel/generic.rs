@@ -461,12 +461,15 @@ where
     unsafe {
         let factor = V::splat(c);
         let mut at = 0;
-        while at + 2 * V::LANES <= width {
-            let (x, y) = <V as Memory<T>>::load_pair(h.add(at));
-            let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at)));
-            let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at + V::LANES)));
-            <V as Memory<T>>::store_pair(x, y, h.add(at));
-            at += 2 * V::LANES;
+        while at + UNROLL * V::LANES <= width {
+            for k in 0..UNROLL / 2 {
+                let (first, second) = (at + 2 * k * V::LANES, at + (2 * k + 1) * V::LANES);
+                let (x, y) = <V as Memory<T>>::load_pair(h.add(first));
+                let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(first)));
+                let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(second)));
+                <V as Memory<T>>::store_pair(x, y, h.add(first));
+            }
+            at += UNROLL * V::LANES;
         }
         edit_last::<V, T>(h, u, factor, at..width);
     }
