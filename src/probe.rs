@@ -181,23 +181,26 @@ impl Probe {
         scores: &mut [f32],
         status: &mut Option<&mut [RowStatus]>,
     ) -> usize {
-        let mut nonfinite = 0;
-        let mut finish = |i: usize, score: &mut f32, dot| {
-            let projection = self.projection(dot);
-            *score = projection.map_or(f32::NAN, |p| p.score(unit));
-            nonfinite += usize::from(projection.is_none());
-            if let Some(status) = status {
-                status[i] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
-            }
-        };
         if let [score] = scores {
-            finish(0, score, self.inner.kernel.dot(rows.row::<T>(0), &self.inner.unit));
-            return nonfinite;
+            let projection = self.projection(self.inner.kernel.dot(rows.row::<T>(0), &self.inner.unit));
+            *score = projection.map_or(f32::NAN, |p| p.score(unit));
+            if let Some(status) = status {
+                status[0] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
+            }
+            return usize::from(projection.is_none());
         }
         // All dot products first: what is made of them would keep memory waiting between two rows.
         self.dots::<T>(rows, scores);
-        scores.iter_mut().enumerate().for_each(|(i, score)| finish(i, score, *score));
-        nonfinite
+        for score in &mut *scores {
+            *score = self.projection(*score).map_or(f32::NAN, |p| p.score(unit));
+        }
+        // A row that has a score has a finite one.
+        if let Some(status) = status {
+            for (status, score) in status.iter_mut().zip(&*scores) {
+                *status = if score.is_nan() { RowStatus::NonFinite } else { RowStatus::Ok };
+            }
+        }
+        scores.iter().filter(|score| score.is_nan()).count()
     }
 
     /// The dot product of every row.
