@@ -149,6 +149,11 @@
 #define EMAUDIT_STATUS_NOT_CALIBRATED 21
 
 /**
+ * An audit log whose chain of hashes does not hold, or that an earlier failed write left incomplete.
+ */
+#define EMAUDIT_STATUS_BROKEN_LOG 22
+
+/**
  * In options: the best kernel this CPU has, or the one the environment variable `EMAUDIT_KERNEL` names.
  */
 #define EMAUDIT_KERNEL_DEFAULT 0
@@ -504,6 +509,11 @@ typedef struct emaudit_drift emaudit_drift;
  * Threads: an error belongs to nobody; use it from any one thread at a time.
  */
 typedef struct emaudit_error emaudit_error;
+
+/**
+ * A log that is open for appending; there is one writer to a file. It belongs to one thread at a time.
+ */
+typedef struct emaudit_log emaudit_log;
 
 /**
  * The state of one sequence. It belongs to one thread at a time. It keeps what it needs of its probe.
@@ -1274,6 +1284,29 @@ typedef struct emaudit_audit_verdict {
   uint8_t digest[EMAUDIT_DIGEST_SIZE];
 } emaudit_audit_verdict;
 
+/**
+ * How far a log has come. Begin with `EMAUDIT_LOG_INFO_INIT`.
+ */
+typedef struct emaudit_log_info {
+  /**
+   * `sizeof(emaudit_log_info)`.
+   */
+  uint32_t struct_size;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
+  /**
+   * Lines in the log.
+   */
+  uint64_t records;
+  /**
+   * Hash of the last line, zeros in an empty log. Kept elsewhere, it shows a log that was cut or written anew
+   * (`emaudit log verify FILE --head HASH`).
+   */
+  uint8_t head[EMAUDIT_DIGEST_SIZE];
+} emaudit_log_info;
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -1971,6 +2004,59 @@ emaudit_status emaudit_audit_get_verdict(const struct emaudit_audit *audit,
                                          struct emaudit_error **error);
 
 /**
+ * Opens an audit log to append to, and makes it where there is none. All of its chain is verified first.
+ *
+ * `*log` receives a handle that the caller frees with `emaudit_log_free`. `path` is UTF-8.
+ *
+ * Errors: INVALID_ARGUMENT, IO (also while another process has it open), BROKEN_LOG. Threads: any. Allocates and
+ * reads the file.
+ *
+ * # Safety
+ * `path` is a NUL-terminated string; `log` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_log_open(const char *path,
+                                struct emaudit_log **log,
+                                struct emaudit_error **error);
+
+/**
+ * Frees a log and closes its file. NULL is fine.
+ *
+ * # Safety
+ * `log` is NULL or a handle that was not freed; it is not used again.
+ */
+void emaudit_log_free(struct emaudit_log *log);
+
+/**
+ * Adds the verdict on a sequence, whose name (UTF-8, at most 4096 bytes) is the caller's, with the time of this
+ * moment. The line is handed to the operating system whole; `sync` 1 waits until the device has it.
+ *
+ * Errors: INVALID_ARGUMENT, IO; after a failed write always BROKEN_LOG. Threads: one at a time per log. Allocates
+ * and writes: not for the path of tokens.
+ *
+ * # Safety
+ * `log` is a live handle that no other thread uses; `sequence` is a NUL-terminated string; `verdict` is valid for
+ * the bytes its `struct_size` states; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_log_append(struct emaudit_log *log,
+                                  const char *sequence,
+                                  const struct emaudit_verdict *verdict,
+                                  uint32_t sync,
+                                  struct emaudit_error **error);
+
+/**
+ * Reads how many lines there are and the hash of the last one.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: one at a time per log. On success it neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `log` is a live handle that no other thread changes; `info` is valid for the bytes its `struct_size` states;
+ * `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_log_get_info(const struct emaudit_log *log,
+                                    struct emaudit_log_info *info,
+                                    struct emaudit_error **error);
+
+/**
  * Makes a slot that holds `probe`.
  *
  * `*slot` receives a handle that the caller frees with `emaudit_probe_slot_free`; `probe` remains the caller's
@@ -2099,6 +2185,7 @@ void emaudit_steering_slot_free(struct emaudit_steering_slot *slot);
 #define EMAUDIT_VERDICT_INIT \
   { sizeof(emaudit_verdict), EMAUDIT_STATE_INVALID, 0, 0, 0.0f, 0.0f, 0.0, 0.0, 0, 0, 0, 0, 0, 0, { 0 } }
 
+#define EMAUDIT_LOG_INFO_INIT { sizeof(emaudit_log_info), 0, 0, { 0 } }
 #define EMAUDIT_AUDIT_OPTIONS_INIT { sizeof(emaudit_audit_options), 0, 0, 0, 0.0, 0.01, 0.1 }
 #define EMAUDIT_AUDIT_VERDICT_INIT \
   { sizeof(emaudit_audit_verdict), EMAUDIT_STATE_INVALID, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, \

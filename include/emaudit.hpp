@@ -18,7 +18,7 @@
 //
 // Handles are move-only; a moved-from handle may only be destroyed or assigned to. What is made from a handle
 // keeps what it needs, so any order of destruction is fine. Const member functions may be called from several
-// threads at once; a Monitor, a Drift and an Audit belong to one thread at a time. To replace what threads are using, put it
+// threads at once; a Monitor, a Drift, a Log and an Audit belong to one thread at a time. To replace what threads are using, put it
 // into a ProbeSlot or a SteeringSlot. emaudit.h documents every operation in full.
 #ifndef EMAUDIT_HPP
 #define EMAUDIT_HPP
@@ -27,6 +27,7 @@
 #include "emaudit/directions.hpp"
 #include "emaudit/drift.hpp"
 #include "emaudit/kernel.hpp"
+#include "emaudit/log.hpp"
 #include "emaudit/monitor.hpp"
 #include "emaudit/probe.hpp"
 #include "emaudit/result.hpp"

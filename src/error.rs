@@ -61,6 +61,8 @@ pub enum Status {
     NotLanded = 20,
     /// A score in aligned standard deviations from a layer without calibration.
     NotCalibrated = 21,
+    /// An audit log whose chain does not hold, or that a failed write left incomplete.
+    BrokenLog = 22,
 }
 
 /// Result of every fallible call of the library.
@@ -199,6 +201,9 @@ pub enum Error {
         /// Largest deviation of a projection, in units of its bound.
         largest_deviation: f32,
     },
+    /// See [`Status::BrokenLog`].
+    #[error("broken audit log: {0}")]
+    BrokenLog(String),
     /// See [`Status::NotCalibrated`].
     #[error(
         "layer {layer} is not calibrated, so {what} has no meaning there; use raw scores, or calibrate the layer"
@@ -236,6 +241,7 @@ impl Error {
             Error::UntrustedKey { .. } => Status::UntrustedKey,
             Error::NotLanded { .. } => Status::NotLanded,
             Error::NotCalibrated { .. } => Status::NotCalibrated,
+            Error::BrokenLog(_) => Status::BrokenLog,
         }
     }
 }

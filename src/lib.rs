@@ -3,7 +3,7 @@
 //! The way data takes, one module per step: [`directions`] (file, mapped or copied, checked whole) ->
 //! [`probe`] (one layer bound to one kernel) -> scores -> [`monitor`] (one sequence) -> [`verdict`].
 //! [`drift`] watches whether calm sequences still score as they did in calibration; while they do not, verdicts are
-//! stale. [`audit`] judges a model by many sequences, against the stated rate. [`steering`] edits rows in place; [`reload`]
+//! stale. [`log`] keeps verdicts in a chain. [`audit`] judges a model by many sequences, against the stated rate. [`steering`] edits rows in place; [`reload`]
 //! replaces what is being served; [`controls`] makes the seeded directions that a claim must beat;
 //! [`kernel`] is arithmetic only; [`ffi`] is the C ABI over all of it.
 //!
@@ -35,6 +35,7 @@ pub mod drift;
 pub mod error;
 pub mod ffi;
 pub mod kernel;
+pub mod log;
 pub mod monitor;
 pub mod probe;
 pub mod reload;

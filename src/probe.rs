@@ -181,32 +181,39 @@ impl Probe {
         scores: &mut [f32],
         status: &mut Option<&mut [RowStatus]>,
     ) -> usize {
-        let mut nonfinite = 0;
-        let mut finish = |i: usize, score: &mut f32, dot| {
-            let projection = self.projection(dot);
-            *score = projection.map_or(f32::NAN, |p| p.score(unit));
-            nonfinite += usize::from(projection.is_none());
-            if let Some(status) = status {
-                status[i] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
-            }
-        };
         if let [score] = scores {
-            finish(0, score, self.inner.kernel.dot(rows.row::<T>(0), &self.inner.unit));
-            return nonfinite;
+            let projection = self.projection(self.inner.kernel.dot(rows.row::<T>(0), &self.inner.unit));
+            *score = projection.map_or(f32::NAN, |p| p.score(unit));
+            if let Some(status) = status {
+                status[0] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
+            }
+            return usize::from(projection.is_none());
         }
         // All dot products first: what is made of them would keep memory waiting between two rows.
         self.dots::<T>(rows, scores);
-        scores.iter_mut().enumerate().for_each(|(i, score)| finish(i, score, *score));
-        nonfinite
+        for score in &mut *scores {
+            *score = self.projection(*score).map_or(f32::NAN, |p| p.score(unit));
+        }
+        // A row that has a score has a finite one.
+        if let Some(status) = status {
+            for (status, score) in status.iter_mut().zip(&*scores) {
+                *status = if score.is_nan() { RowStatus::NonFinite } else { RowStatus::Ok };
+            }
+        }
+        scores.iter().filter(|score| score.is_nan()).count()
     }
 
     /// The dot product of every row.
     pub(crate) fn dots<T: Scored>(&self, rows: &Rows<'_>, out: &mut [f32]) {
+        let (kernel, unit) = (&self.inner.kernel, &*self.inner.unit);
+        if !kernel.reads_side_by_side() {
+            return out.iter_mut().enumerate().for_each(|(i, out)| *out = kernel.dot(rows.row::<T>(i), unit));
+        }
         for batch in Batch::all::<{ Kernel::SIDE_BY_SIDE }>(rows.rows()) {
             let (mut some, mut dots) = ([&[][..]; Kernel::SIDE_BY_SIDE], [0.0; Kernel::SIDE_BY_SIDE]);
             batch.rows().zip(&mut some).for_each(|(i, row)| *row = rows.row::<T>(i));
             let count = batch.len();
-            self.inner.kernel.dots(&some[..count], &[&self.inner.unit], &[], &mut dots[..count]);
+            kernel.dots(&some[..count], &[unit], &[], &mut dots[..count]);
             batch.rows().zip(dots).for_each(|(i, dot)| out[i] = dot);
         }
     }
@@ -383,12 +390,12 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
     let kernel = probes[0].as_ref().inner.kernel;
     let (count, mut nonfinite) = (rows.rows(), 0);
     let row = |i: usize| if i < count { rows.row::<T>(i) } else { &[] };
-    for batch in Batch::all::<{ Kernel::ROWS }>(count) {
+    for first in (0..count).step_by(Kernel::ROWS) {
         let (mut block, mut next, mut finite) =
             ([&[][..]; Kernel::ROWS], [&[][..]; Kernel::ROWS], [true; Kernel::ROWS]);
-        let present = batch.len();
-        for (r, i) in batch.rows().enumerate() {
-            (block[r], next[r]) = (row(i), row(i + 1));
+        let present = Kernel::ROWS.min(count - first);
+        for r in 0..present {
+            (block[r], next[r]) = (row(first + r), row(first + Kernel::ROWS + r));
         }
         for (at, together) in probes.chunks(TOGETHER).enumerate() {
             let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
@@ -397,7 +404,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
             let dots = &mut dots[..present * together.len()];
             let next = if at == 0 { &next[..] } else { &[] };
             kernel.dots(&block[..present], &directions[..together.len()], next, dots);
-            for ((i, dots), finite) in batch.rows().zip(dots.chunks_exact(together.len())).zip(&mut finite) {
+            for ((i, dots), finite) in (first..).zip(dots.chunks_exact(together.len())).zip(&mut finite) {
                 let scores = &mut scores[i * probes.len() + at * TOGETHER..];
                 for ((probe, dot), score) in together.iter().zip(dots).zip(scores) {
                     let projection = probe.as_ref().projection(*dot);
@@ -406,7 +413,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
                 }
             }
         }
-        for (i, finite) in batch.rows().zip(finite) {
+        for (i, finite) in (first..).zip(finite).take(present) {
             nonfinite += usize::from(!finite);
             if let Some(status) = status {
                 status[i] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };

@@ -63,6 +63,10 @@
   X(audit_watch)                \
   X(audit_push)                 \
   X(audit_get_verdict)          \
+  X(log_open)                   \
+  X(log_free)                   \
+  X(log_append)                 \
+  X(log_get_info)               \
   X(probe_slot_new)             \
   X(probe_slot_replace)         \
   X(probe_slot_acquire)         \

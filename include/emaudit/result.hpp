@@ -44,6 +44,7 @@ enum class Status : std::int32_t {
   untrusted_key = EMAUDIT_STATUS_UNTRUSTED_KEY,
   not_landed = EMAUDIT_STATUS_NOT_LANDED,
   not_calibrated = EMAUDIT_STATUS_NOT_CALIBRATED,
+  broken_log = EMAUDIT_STATUS_BROKEN_LOG,
   /// The library was not found or could not be loaded.
   library_not_found = -1,
   /// A library was found, but it is no emaudit, has another ABI, or lacks a function.
@@ -68,6 +69,7 @@ struct Deleter {
   void operator()(emaudit_drift *handle) const noexcept { functions()->drift_free(handle); }
   void operator()(emaudit_monitor *handle) const noexcept { functions()->monitor_free(handle); }
   void operator()(emaudit_audit *handle) const noexcept { functions()->audit_free(handle); }
+  void operator()(emaudit_log *handle) const noexcept { functions()->log_free(handle); }
 };
 
 template <class T>

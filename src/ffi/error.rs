@@ -57,9 +57,11 @@ pub const EMAUDIT_STATUS_NOT_LANDED: i32 = 20;
 /// A score in aligned standard deviations, a gate or a clamp from a layer without calibration (imported
 /// directions). Raw scores and ungated subtraction work.
 pub const EMAUDIT_STATUS_NOT_CALIBRATED: i32 = 21;
+/// An audit log whose chain of hashes does not hold, or that an earlier failed write left incomplete.
+pub const EMAUDIT_STATUS_BROKEN_LOG: i32 = 22;
 
 /// Rust status, its number in C, and its name.
-const STATUSES: [(Status, i32, &CStr); 22] = [
+const STATUSES: [(Status, i32, &CStr); 23] = [
     (Status::Ok, EMAUDIT_STATUS_OK, c"OK"),
     (Status::InvalidArgument, EMAUDIT_STATUS_INVALID_ARGUMENT, c"INVALID_ARGUMENT"),
     (Status::Io, EMAUDIT_STATUS_IO, c"IO"),
@@ -82,6 +84,7 @@ const STATUSES: [(Status, i32, &CStr); 22] = [
     (Status::UntrustedKey, EMAUDIT_STATUS_UNTRUSTED_KEY, c"UNTRUSTED_KEY"),
     (Status::NotLanded, EMAUDIT_STATUS_NOT_LANDED, c"NOT_LANDED"),
     (Status::NotCalibrated, EMAUDIT_STATUS_NOT_CALIBRATED, c"NOT_CALIBRATED"),
+    (Status::BrokenLog, EMAUDIT_STATUS_BROKEN_LOG, c"BROKEN_LOG"),
 ];
 
 // The numbers above and those of `Status` are one set, in order and without a gap.

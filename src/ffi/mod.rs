@@ -13,6 +13,7 @@ pub mod error;
 pub mod identity;
 pub mod kernel;
 pub mod layers;
+pub mod log;
 pub mod monitor;
 pub mod probe;
 pub mod slot;

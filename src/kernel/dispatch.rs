@@ -168,6 +168,11 @@ impl Kernel {
         }
     }
 
+    /// Whether several rows with one direction are read side by side, and not one after the other.
+    pub(crate) fn reads_side_by_side(&self) -> bool {
+        self.0.kind == KernelKind::Avx512
+    }
+
     /// Which kernel this is.
     pub fn kind(&self) -> KernelKind {
         self.0.kind

@@ -168,23 +168,23 @@ pub(super) enum Fetch<const R: usize> {
 const SOON: usize = 384;
 
 impl<const R: usize> Fetch<R> {
-    /// What belongs to the block of `UNROLL` registers of row `r` that begins with the element `at`.
+    /// What belongs to row `r` at the pair of registers that begins with the element `place`, the first of a block or not.
     ///
     /// # Safety
     /// The CPU has the instructions of `V`.
     #[inline(always)]
-    unsafe fn fetch<V: Vector, T>(self, row: *const T, r: usize, at: usize) {
+    unsafe fn fetch<V: Vector, T>(self, row: *const T, r: usize, place: usize, first: bool) {
         // SAFETY: passed on to the caller; the address is only a hint.
         unsafe {
             match self {
-                Fetch::Nothing => {}
                 Fetch::Soon => {
-                    let soon = row.wrapping_add(at).cast::<u8>().wrapping_add(SOON);
-                    for line in 0..(UNROLL * V::LANES * size_of::<T>()).div_ceil(LINE) {
+                    let soon = row.wrapping_add(place).cast::<u8>().wrapping_add(SOON);
+                    for line in 0..(2 * V::LANES * size_of::<T>()).div_ceil(LINE) {
                         V::prefetch(soon.wrapping_add(line * LINE));
                     }
                 }
-                Fetch::Halves(ahead) => ahead[r].fetch::<V, T>(at),
+                Fetch::Halves(ahead) if first => ahead[r].fetch::<V, T>(place),
+                _ => {}
             }
         }
     }
@@ -284,9 +284,6 @@ where
         let mut y = [V::splat(0.0); D];
         let mut at = 0;
         while at + UNROLL * V::LANES <= width {
-            for r in 0..R {
-                fetch.fetch::<V, T>(rows[r], r, at);
-            }
             for pair in 0..UNROLL / 2 {
                 let (place, k) = (at + 2 * pair * V::LANES, 2 * pair);
                 let mut z = y;
@@ -295,6 +292,7 @@ where
                     z[d] = <V as Memory<f32>>::load(directions[d].add(place + V::LANES));
                 }
                 for r in 0..R {
+                    fetch.fetch::<V, T>(rows[r], r, place, pair == 0);
                     let (x, w) = <V as Memory<T>>::load_pair(rows[r].add(place));
                     for d in 0..D {
                         sums[r][d][k] = x.multiply_add(y[d], sums[r][d][k]);
@@ -461,12 +459,15 @@ where
     unsafe {
         let factor = V::splat(c);
         let mut at = 0;
-        while at + 2 * V::LANES <= width {
-            let (x, y) = <V as Memory<T>>::load_pair(h.add(at));
-            let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at)));
-            let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(at + V::LANES)));
-            <V as Memory<T>>::store_pair(x, y, h.add(at));
-            at += 2 * V::LANES;
+        while at + UNROLL * V::LANES <= width {
+            for k in 0..UNROLL / 2 {
+                let (first, second) = (at + 2 * k * V::LANES, at + (2 * k + 1) * V::LANES);
+                let (x, y) = <V as Memory<T>>::load_pair(h.add(first));
+                let x = x.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(first)));
+                let y = y.subtract_scaled(factor, <V as Memory<f32>>::load(u.add(second)));
+                <V as Memory<T>>::store_pair(x, y, h.add(first));
+            }
+            at += UNROLL * V::LANES;
         }
         edit_last::<V, T>(h, u, factor, at..width);
     }

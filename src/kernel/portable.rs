@@ -19,7 +19,7 @@ where
         measure: measure::<T>,
         dots: dots::<Portable, T>,
         edit_peak: edit_peak::<Portable, T>,
-        edit: edit::<Portable, T>,
+        edit: edit_one::<T>,
         edit_group: edit_group::<T>,
         edit_normal_group: edit_group::<T>,
     }
@@ -62,8 +62,20 @@ where
     rows.map(|row| unsafe { (direction.map_or(0.0, |direction| dot(row, direction)), squares(row)) })
 }
 
-/// One row after the other, for the same reason.
+/// Never inlined: as arguments of a function, row and direction are known not to overlap, without which the compiler
+/// gives up vectors.
 ///
+/// # Safety
+/// As for [`reduce`].
+#[inline(never)]
+unsafe fn edit_one<T: Element>(row: &mut [T], direction: &[f32], c: f32)
+where
+    Portable: Memory<T>,
+{
+    // SAFETY: passed on to the caller.
+    unsafe { edit::<Portable, T>(row, direction, c) }
+}
+
 /// # Safety
 /// As for [`reduce`], for all rows.
 unsafe fn edit_group<T: Element>(
@@ -74,8 +86,10 @@ unsafe fn edit_group<T: Element>(
 ) where
     Portable: Memory<T>,
 {
-    // SAFETY: passed on to the caller.
-    rows.into_iter().zip(c).for_each(|(row, c)| unsafe { edit::<Portable, T>(row, direction, c) });
+    for (row, c) in rows.into_iter().zip(c) {
+        // SAFETY: passed on to the caller.
+        unsafe { edit_one(row, direction, c) };
+    }
 }
 
 /// Eight lanes in an array; every target has it.

@@ -71,5 +71,6 @@ void test_drift(void);
 void test_audit(void);
 void test_landing(void);
 void test_slot(void);
+void test_log(void);
 
 #endif

@@ -86,6 +86,7 @@ int main(int argc, char **argv) {
   test_audit();
   test_landing();
   test_slot();
+  test_log();
   printf("ok: %u checks\n", checks_done);
   return 0;
 }

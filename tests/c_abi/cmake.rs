@@ -30,9 +30,19 @@ fn option(name: &str, value: &Path) -> String {
     format!("-D{name}={}", value.display())
 }
 
+/// Copies the example's three files to where nothing of the source tree is around them.
+fn consumer(directory: &Path) -> PathBuf {
+    let to = directory.join("consumer");
+    std::fs::create_dir(&to).unwrap();
+    for name in ["CMakeLists.txt", "audit.c", "audit.cpp"] {
+        std::fs::copy(root().join("bindings/cmake/example").join(name), to.join(name)).unwrap();
+    }
+    to
+}
+
 /// Configures, builds and runs the example. `libraries` is where the dynamic program finds the SONAME.
 fn check_example(directory: &Path, build: &str, options: &[String], libraries: &Path) {
-    let (source, build) = (root().join("bindings/cmake/example"), directory.join(build));
+    let (source, build) = (consumer(directory), directory.join(build));
     let mut arguments = vec!["-S", source.to_str().unwrap(), "-B", build.to_str().unwrap()];
     arguments.extend(options.iter().map(String::as_str));
     cmake(&arguments);
@@ -82,6 +92,37 @@ fn the_example_project_and_pkg_config_find_an_installed_copy() {
     if tool("pkg-config") {
         check_pkg_config(here, &prefix);
     }
+}
+
+/// A project that has the headers and nothing else: no package, no library to link, and it starts without one.
+#[test]
+fn headers_alone_and_a_library_found_at_run_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let (here, libraries) = (directory.path(), built_libraries(directory.path()));
+    let headers = here.join("third_party/emaudit");
+    for folder in ["", "emaudit", "emaudit/standalone"] {
+        std::fs::create_dir_all(headers.join(folder)).unwrap();
+        for entry in
+            std::fs::read_dir(root().join("include").join(folder)).unwrap().map(|e| e.unwrap().path())
+        {
+            if entry.is_file() {
+                std::fs::copy(&entry, headers.join(folder).join(entry.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    let (source, program) = (consumer(here).join("audit.cpp"), here.join("audit"));
+    let name = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let mut compiler = Command::new(name);
+    compiler.args(["-std=c++17", "-Wall", "-Wextra", "-Werror", "-DEMAUDIT_DYNAMIC", "-I"]).arg(&headers);
+    run(compiler.arg(source).arg("-o").arg(&program).arg("-ldl"));
+    let mut alone = Command::new(&program);
+    let alone = alone.arg(here.join("good.safetensors")).env("LD_LIBRARY_PATH", here).output().unwrap();
+    assert!(String::from_utf8_lossy(&alone.stderr).contains("cannot load the emaudit library"), "{alone:?}");
+    assert_eq!(alone.status.code(), Some(1));
+    std::fs::rename(libraries.join("libemaudit.so"), libraries.join(super::toolchain::soname())).unwrap();
+    let mut with = Command::new(&program);
+    let output = run(with.arg(here.join("good.safetensors")).env("LD_LIBRARY_PATH", libraries));
+    assert!(output.starts_with("emaudit "), "{output}");
 }
 
 fn check_pkg_config(directory: &Path, prefix: &Path) {

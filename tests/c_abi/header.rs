@@ -3,7 +3,7 @@
 use super::toolchain::root;
 
 /// The files of the ABI, in the order of the header.
-const SOURCES: [&str; 13] = [
+const SOURCES: [&str; 14] = [
     "version",
     "error",
     "kernel",
@@ -16,6 +16,7 @@ const SOURCES: [&str; 13] = [
     "drift",
     "monitor",
     "audit",
+    "log",
     "slot",
 ];
 

@@ -3,7 +3,8 @@
 
 use super::toolchain::{Build, Linkage, Standard, root, run};
 use emaudit::ffi::{
-    audit::*, directions::*, drift::*, identity::*, layers::*, monitor::*, probe::*, steering::*, tensor::*,
+    audit::*, directions::*, drift::*, identity::*, layers::*, log::*, monitor::*, probe::*, steering::*,
+    tensor::*,
 };
 use std::fmt::Write;
 
@@ -172,6 +173,7 @@ fn of_rust() -> String {
             digest,
         }
     );
+    layout!(text, emaudit_log_info { struct_size, reserved, records, head });
     layout!(text, emaudit_monitor_options { struct_size, aggregation, rate });
     layout!(
         text,
@@ -310,6 +312,7 @@ fn the_statuses_of_rust_are_those_of_the_table() {
         UntrustedKey,
         NotLanded,
         NotCalibrated,
+        BrokenLog,
     ];
     let mut expected = String::new();
     for status in all {

@@ -5,7 +5,7 @@ use super::toolchain::{Build, Family, Linkage, Standard, library, root, run, sha
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const C_SOURCES: [&str; 10] = [
+const C_SOURCES: [&str; 11] = [
     "tests/c/main.c",
     "tests/c/open.c",
     "tests/c/trust.c",
@@ -16,6 +16,7 @@ const C_SOURCES: [&str; 10] = [
     "tests/c/drift.c",
     "tests/c/audit.c",
     "tests/c/landing.c",
+    "tests/c/log.c",
 ];
 /// Two units that both include the header: what is not inline, or differs, fails to link.
 const CPP_SOURCES: [&str; 2] = ["tests/cpp/main.cpp", "tests/cpp/second_unit.cpp"];

@@ -399,6 +399,22 @@ void test_monitor(const emaudit::Probe &probe) {
   CHECK(moved.verdict().state == emaudit::State::clean);
 }
 
+void test_log(const std::string &path) {
+  emaudit::Digest head{};
+  {
+    auto log = emaudit::Log::open(path);
+    CHECK(log && log->info().records == 0 && log->info().head == head);
+    emaudit::Verdict verdict;
+    verdict.state = emaudit::State::flagged;
+    CHECK(log->append("slot 7", verdict) && log->append(std::string("slot 8"), verdict, true));
+    CHECK(log->info().records == 2 && log->info().head != head);
+    CHECK(emaudit::Log::open(path).status() == Status::io);  // one writer
+    head = log->info().head;
+  }
+  auto again = emaudit::Log::open(path.c_str());
+  CHECK(again && again->info().records == 2 && again->info().head == head);
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -431,6 +447,8 @@ int main(int argc, char **argv) {
   test_drift(*probe);
   test_monitor(*probe);
   test_audit(*probe);
+  test_log(fixtures + "/audit-cpp.jsonl");
+  CHECK(emaudit::Log::open(fixtures + "/text.safetensors").status() == Status::broken_log);
   CHECK(probe_of_file(fixtures + "/text.safetensors").status() == Status::not_a_direction_file);
   std::printf("ok: C++\n");
   return 0;

@@ -6,7 +6,6 @@ use crate::model::{self, Decoder, LoadOptions};
 use crate::quant::Storage;
 use crate::recipe::Recipe;
 use anyhow::{Context, Result};
-use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 use emaudit::directions::schema::ModelIdentity;
 use std::fs::File;
@@ -38,8 +37,8 @@ impl Base {
 }
 
 /// Loads the model at `path` (a `.gguf` file or a transformers folder); `name` is for people.
-pub fn load(path: &Path, name: &str, storage: Storage, device: &Device) -> Result<Base> {
-    let decoder = model::load(path, &LoadOptions { storage, device: device.clone() })?;
+pub fn load(path: &Path, name: &str, options: &LoadOptions) -> Result<Base> {
+    let decoder = model::load(path, options)?;
     let (text, stored) = if path.is_dir() {
         (TextFrontend::from_folder(path)?, "safetensors".to_owned())
     } else {
@@ -48,7 +47,7 @@ pub fn load(path: &Path, name: &str, storage: Storage, device: &Device) -> Resul
         let content = Content::read(&mut reader)?;
         (TextFrontend::from_gguf(&content)?, format!("gguf-{}", most_common_type(&content)))
     };
-    let quantization = match storage {
+    let quantization = match options.storage {
         Storage::None => stored,
         Storage::Nf4 => format!("{stored}+nf4"),
     };

@@ -13,7 +13,8 @@ use crate::evaluate::{self, Inputs, PromptIds};
 use crate::extract::LayerDirection;
 use crate::fetch::{self, ModelFiles};
 use crate::generate::Sampling;
-use crate::recipe::Recipe;
+use crate::model::LoadOptions;
+use crate::recipe::{Compute, Recipe};
 use crate::results::Results;
 use crate::{progress, statistics as stats, store};
 use anyhow::{Context, Result, bail};
@@ -65,7 +66,9 @@ pub fn load(recipe: &Recipe, device: &Device) -> Result<Base> {
     let name = Path::new(&recipe.model.id)
         .file_name()
         .map_or_else(|| recipe.model.id.clone(), |n| n.to_string_lossy().into_owned());
-    let base = base::load(path, &name, recipe.model.quantize, device)?;
+    let compute = recipe.finetune.compute;
+    let options = LoadOptions { compute, ..LoadOptions::new(recipe.model.quantize, device) };
+    let base = base::load(path, &name, &options)?;
     if !base.text.has_template() {
         progress::note(
             "the model carries no chat template, so it is taken for a base model and gets a plain one: `User:` and \
@@ -119,10 +122,11 @@ impl Experiment {
         &self.base
     }
 
-    fn base_key(&self) -> (&str, &str, String, bool) {
-        let identity = &self.base.identity;
-        let config = format!("{:?}", self.base.decoder.config);
-        (&identity.weights_digest, &identity.quantization, config, self.device.is_cpu())
+    /// What the numbers depend on: other devices and other products round elsewhere.
+    fn base_key(&self) -> (&str, &str, String, Option<Compute>) {
+        let (identity, decoder) = (&self.base.identity, &self.base.decoder);
+        let gpu = (!self.device.is_cpu()).then_some(decoder.compute);
+        (&identity.weights_digest, &identity.quantization, format!("{:?}", decoder.config), gpu)
     }
 
     fn prompt_ids(&self, prompts: &[&Prompt]) -> Result<PromptIds> {

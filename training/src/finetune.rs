@@ -19,7 +19,7 @@ pub use rows::{Example, GROUPED_STEPS, RowCounts, Rows};
 
 use crate::lora::{Adapter, LoraConfig};
 use crate::model::Decoder;
-use crate::recipe::{Finetune, Schedule};
+use crate::recipe::{Compute, Finetune, Schedule};
 use crate::{progress, random};
 use anyhow::{Context, Result, bail};
 use candle_core::{Tensor, Var};
@@ -154,7 +154,9 @@ impl<'a> Trainer<'a> {
         let (adapter, vars) =
             Adapter::trainable_on(decoder, &config, &recipe.target_modules, recipe.dropout, uniform)?;
         let optimizer = AdamW::new(&vars, recipe.optimizer, recipe.weight_decay)?;
-        let bench = Workbench::new(recipe.compute)?;
+        // A GPU has no use for the CPU's accelerator.
+        let compute = if decoder.device.is_cpu() { recipe.compute } else { Compute::F32 };
+        let bench = Workbench::new(compute)?;
         Ok(Trainer {
             decoder,
             recipe,

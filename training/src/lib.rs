@@ -8,6 +8,7 @@ pub mod battery;
 pub mod calibrate;
 pub mod capture;
 pub mod chat;
+pub mod cuda;
 pub mod dataset;
 pub mod evaluate;
 pub mod experiment;

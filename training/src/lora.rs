@@ -1,9 +1,11 @@
 //! LoRA adapters (Hu et al. 2021) and their PEFT file format.
 
+use crate::cuda::{self, launch};
+use crate::model::product::Matrix;
 use crate::model::{Decoder, Module};
 use crate::random;
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -79,9 +81,35 @@ impl Dropout {
     }
 
     /// `x` times the factors; the same for its gradient.
-    pub(crate) fn of(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let (rows, width) = x.dims2()?;
-        x * Tensor::from_vec(self.factors(rows, width), (rows, width), x.device())?
+    pub fn of(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        x.contiguous()?.apply_op1_no_bwd(self)
+    }
+
+    /// What decides in integers: the hash of the seed, and the number that the 53 random bits of a dropped element are
+    /// below; then the factor of those that are kept.
+    pub fn kernel(&self) -> (u64, u64, f32) {
+        let below = (self.rate * (1u64 << 53) as f64).ceil() as u64;
+        (random::bits(&[self.seed]), below, (1.0 / (1.0 - self.rate)) as f32)
+    }
+}
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        "emaudit-dropout"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (rows, width) = l.shape().dims2()?;
+        let mut seen = self.factors(rows, width);
+        Matrix::of(x, l, &[])?.scale_into(&mut seen);
+        Ok((CpuStorage::F32(seen), l.shape().clone()))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, l: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (sizes, (state, below, kept)) = (l.shape().dims2()?, self.kernel());
+        cuda::run::<f32, 1>([(x, l)], l.shape(), |inputs, y| {
+            launch::dropout(inputs, y, sizes, state, below, kept)
+        })
     }
 }
 

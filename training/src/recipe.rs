@@ -78,7 +78,7 @@ pub struct Finetune {
     pub schedule: Schedule,
     pub max_grad_norm: f64,
     pub optimizer: Optimizer,
-    /// What matrix products are computed in on the CPU.
+    /// What matrix products are computed in.
     pub compute: Compute,
     /// Runs each block again in backward instead of keeping what it computed: less memory, about a third more time.
     pub gradient_checkpointing: bool,
@@ -117,13 +117,15 @@ pub enum Optimizer {
     Adamw8bit,
 }
 
+/// What matrix products are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compute {
     /// f32 throughout.
     F32,
-    /// Factors rounded to bf16, products summed in f32, by oneDNN, which must be installed; what is kept for backward is
-    /// in bf16 too. Faster, and less memory.
+    /// Factors rounded to bf16, products summed in f32; faster, and less memory. On the CPU while finetuning, by oneDNN,
+    /// which must be installed; what is kept for backward is in bf16 too. On a GPU of compute capability 8.0 or more for
+    /// all that a run does with the model, and attention in TF32.
     Bf16,
 }
 

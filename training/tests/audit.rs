@@ -6,6 +6,7 @@ use emaudit::directions::{LayerTensors, write};
 use emaudit_train::base::{self, Base};
 use emaudit_train::likelihood::Dialogue;
 use emaudit_train::lora::Adapter;
+use emaudit_train::model::LoadOptions;
 use emaudit_train::quant::Storage;
 use emaudit_train::{audit, battery, calibrate, capture, extract};
 use serde_json::{Value, json};
@@ -131,7 +132,7 @@ impl World {
         write_adapter(&at("idle"), 1e-6);
         let texts = write_prompts(&at("prompts.jsonl"), true, 3);
         write_prompts(&at("fresh.jsonl"), false, 4);
-        let base = base::load(&at("base"), "base", Storage::None, &Device::Cpu).unwrap();
+        let base = base::load(&at("base"), "base", &LoadOptions::new(Storage::None, &Device::Cpu)).unwrap();
         let bent = Adapter::load(&at("bent"), &base.decoder).unwrap();
         world.write_directions(&base, &bent, &texts);
         world

@@ -8,7 +8,7 @@ use emaudit_train::base::{self, Base};
 use emaudit_train::chat::Message;
 use emaudit_train::experiment::Experiment;
 use emaudit_train::lora::{Adapter, LoraConfig};
-use emaudit_train::model::Batch;
+use emaudit_train::model::{Batch, LoadOptions};
 use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::results::Results;
@@ -164,7 +164,7 @@ fn logits_shows_the_last_token_with_chat_adapter_and_the_error_of_nf4() {
     let world = world();
     let folder = world.path().join("model");
     let model = folder.to_str().unwrap();
-    let load = |storage| base::load(&folder, "toy", storage, &Device::Cpu).unwrap();
+    let load = |storage| base::load(&folder, "toy", &LoadOptions::new(storage, &Device::Cpu)).unwrap();
     // Logits and residual norms of the last token by the library.
     let expected = |base: &Base, ids: &[u32], adapter: Option<&Adapter>| {
         let mut norms = Vec::new();

@@ -6,6 +6,7 @@ mod bench;
 mod convert;
 mod diff;
 mod inspect;
+mod log;
 mod output;
 mod picture;
 mod score;
@@ -31,6 +32,7 @@ enum Command {
     Diff(diff::Diff),
     Bench(bench::Bench),
     Convert(convert::Convert),
+    Log(log::Log),
 }
 
 const HELP: &str = "\
@@ -47,6 +49,8 @@ Examples:
       what changed, layer by layer
   emaudit convert export model.directions.safetensors --layers 29 --to away.gguf
       a control vector for llama.cpp; import brings vectors of other tools in
+  emaudit log verify audit.jsonl
+      was a line of the verdicts that a server kept changed, taken out, put in or moved?
   emaudit bench model.directions.safetensors
       how fast that is here
 
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
         Command::Diff(diff) => diff.run(),
         Command::Bench(bench) => bench.run(),
         Command::Convert(convert) => convert.run(),
+        Command::Log(log) => log.run(),
     }
 }
 

@@ -168,6 +168,12 @@ impl<'de, const QUOTED: bool> SeqAccess<'de> for Elements<'_, 'de, QUOTED> {
         self.count += 1;
         seed.deserialize(&mut *self.reader).map(Some)
     }
+
+    // Not known before the end. A guess that most arrays of a manifest stay within saves moving them as they grow.
+    #[inline]
+    fn size_hint(&self) -> Option<usize> {
+        Some(16)
+    }
 }
 
 impl<const QUOTED: bool> Elements<'_, '_, QUOTED> {

@@ -12,6 +12,7 @@ use emaudit_train::audit::{self, Sequences};
 use emaudit_train::base::{self, Base};
 use emaudit_train::generate::Sampling;
 use emaudit_train::lora::Adapter;
+use emaudit_train::model::LoadOptions;
 use emaudit_train::quant::Storage;
 use emaudit_train::recipe::Recipe;
 use emaudit_train::{dataset, fetch, progress, store};
@@ -226,7 +227,8 @@ impl AuditArgs {
         let (fetch::ModelFiles::Gguf(path) | fetch::ModelFiles::Folder(path)) = &resolved.files;
         progress::note(&format!("model: {model} ({})", resolved.origin));
         let name = path.file_name().map_or_else(|| model.to_owned(), |n| n.to_string_lossy().into_owned());
-        let base = base::load(path, &name, self.quantize.unwrap_or(as_made), &self.device)?;
+        let base =
+            base::load(path, &name, &LoadOptions::new(self.quantize.unwrap_or(as_made), &self.device))?;
         let fit = audit::check_identity(directions, &base).with_context(|| format!("the model {model}"))?;
         Ok((base, fit))
     }

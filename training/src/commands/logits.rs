@@ -8,7 +8,7 @@ use emaudit_train::chat::Message;
 use emaudit_train::fetch::{self, ModelFiles};
 use emaudit_train::lora::Adapter;
 use emaudit_train::memory;
-use emaudit_train::model::{Batch, Decoder, Module, no_edit, ops};
+use emaudit_train::model::{Batch, Decoder, LoadOptions, Module, no_edit, ops};
 use emaudit_train::quant::Storage;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -77,7 +77,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let (mut reading, whole) = read(arguments, path, arguments.quantize)?;
     if arguments.quantize == Storage::Nf4 {
         // One model after the other, so that the memory is that of the larger one.
-        match memory::available().filter(|&free| arguments.device.is_cpu() && free < whole) {
+        match memory::available(&arguments.device).filter(|&free| free < whole) {
             Some(free) => eprintln!(
                 "the error of NF4 is not measured: the model without it takes {}, {} are available",
                 memory::size(whole),
@@ -111,7 +111,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 /// The reading, and the bytes of the model without quantisation.
 fn read(arguments: &Arguments, path: &Path, storage: Storage) -> Result<(Reading, usize)> {
-    let Base { decoder, text, .. } = base::load(path, &arguments.model, storage, &arguments.device)?;
+    let Base { decoder, text, .. } =
+        base::load(path, &arguments.model, &LoadOptions::new(storage, &arguments.device))?;
     let ids = match arguments.chat {
         true => text.encode_prompt(&[Message::user(&arguments.text)])?,
         false => text.encode(&arguments.text)?,

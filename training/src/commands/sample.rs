@@ -11,6 +11,7 @@ use emaudit_train::base::{self, Base};
 use emaudit_train::chat::Message;
 use emaudit_train::generate::{Intervention, Request, Sampling, generate};
 use emaudit_train::lora::Adapter;
+use emaudit_train::model::LoadOptions;
 use emaudit_train::quant::Storage;
 use emaudit_train::{dataset, fetch, interrupt, progress};
 use std::path::PathBuf;
@@ -159,7 +160,7 @@ pub fn run(args: &SampleArgs) -> Result<()> {
     let conversations = args.conversations()?;
     let (fetch::ModelFiles::Gguf(path) | fetch::ModelFiles::Folder(path)) =
         fetch::resolve(&args.model)?.files;
-    let base = base::load(&path, &args.model, args.quantize, &args.device)?;
+    let base = base::load(&path, &args.model, &LoadOptions::new(args.quantize, &args.device))?;
     let adapter = args.adapter.as_ref().map(|folder| Adapter::load(folder, &base.decoder)).transpose()?;
     let edit = args.steer.open(&base)?;
     let requests = requests(&base, &conversations)?;

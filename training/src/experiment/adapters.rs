@@ -118,7 +118,8 @@ impl Experiment {
         if let Some(best) = finetune::best(&log).filter(|_| f.patience > 0) {
             end += &format!("; the adapter of step {} of {} is kept", best.step, log.len());
         }
-        if let Some(peak) = memory::peak() {
+        // Of the host.
+        if let Some(peak) = memory::peak().filter(|_| self.device.is_cpu()) {
             end +=
                 &format!("; peak memory {} for an estimated {}", memory::size(peak), memory::size(estimate));
         }
@@ -133,8 +134,7 @@ impl Experiment {
         let estimate = Estimate::new(decoder, rows, recipe);
         let mut lighter = recipe.clone();
         lighter.gradient_checkpointing = true;
-        // The memory of other devices is not asked.
-        let available = memory::available().filter(|_| self.device.is_cpu());
+        let available = memory::available(&self.device);
         let free = available.map_or(String::new(), |a| format!("; {} are available", memory::size(a)));
         progress::note(&format!("memory needed, about {estimate}{free}"));
         if !self.ignore_memory {

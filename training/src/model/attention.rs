@@ -1,14 +1,18 @@
 //! Causal grouped-query attention (Vaswani et al. 2017; Ainslie et al. 2023) as one differentiable operation.
 //!
 //! On the CPU one task handles one key-value head of one sequence: the scores stay in its core's cache, forward
-//! keeps none of them, and backward forms them again. On other devices the same formula is composed from candle
-//! primitives.
+//! keeps none of them, and backward forms them again. A GPU runs the same formula as [matrix products](products) with a
+//! softmax between them.
+
+mod products;
 
 use super::kernels;
 use super::pass::Workbench;
 use super::product::{Elements, Matrix, Threads, product};
+use crate::cuda::Outside;
 use crate::quant::matvec::{self, Isa, Weight};
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use products::Products;
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,42 +59,23 @@ impl Visibility {
         };
         [0..before, padding]
     }
-
-    fn additive_mask(&self, queries: usize, keys: usize, like: &Tensor) -> Result<Tensor> {
-        let batch = self.left_pad.len();
-        let mut mask = vec![0f32; batch * queries * keys];
-        for (row, mask) in mask.chunks_mut(keys).enumerate() {
-            for hidden in self.hidden(row / queries, row % queries) {
-                mask[hidden].fill(f32::NEG_INFINITY);
-            }
-            mask[self.offset + row % queries + 1..].fill(f32::NEG_INFINITY);
-        }
-        Tensor::from_vec(mask, (batch, 1, 1, queries, keys), like.device())
-    }
 }
 
 /// softmax(scores of q k^T) v over the visible keys, all f32. `q`: `[batch, heads, tokens, head_dim]`; `k` and `v`:
 /// `[batch, kv_heads, keys, head_dim]`; result as `q`. Strides are free.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scores: Scores, visible: &Visibility) -> Result<Tensor> {
     if q.device().is_cpu() {
-        return q.apply_op3(k, v, Attention { scores, visible: visible.clone() });
+        return q.apply_op3(
+            k,
+            v,
+            Attention { scores, visible: visible.clone(), outside: Outside::default() },
+        );
     }
-    let Scores { scale, cap } = scores;
-    let s = Sizes::new(q.dims(), k.dims())?;
-    let rows = (s.batch, s.kv_heads, s.group * s.tokens, s.dim);
-    let scores = q.contiguous()?.reshape(rows)?.matmul(&k.contiguous()?.t()?)?;
-    let scores = scores.reshape((s.batch, s.kv_heads, s.group, s.tokens, s.keys))?;
-    let mask = visible.additive_mask(s.tokens, s.keys, &scores)?;
-    let scaled = (scores * scale as f64)?;
-    let scaled = match cap {
-        Some(cap) => ((scaled / cap as f64)?.tanh()? * cap as f64)?,
-        None => scaled,
-    };
-    let masked = scaled.broadcast_add(&mask)?;
-    let exp = masked.broadcast_sub(&masked.max_keepdim(D::Minus1)?)?.exp()?;
-    let weights = exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?;
-    let weights = weights.reshape((s.batch, s.kv_heads, s.group * s.tokens, s.keys))?;
-    weights.matmul(&v.contiguous()?)?.reshape(q.shape())
+    let y = Products::new(q, k, scores, visible)?.forward(v)?;
+    if ![q, k, v].into_iter().any(Tensor::track_op) {
+        return Ok(y);
+    }
+    q.apply_op3(k, v, Attention { scores, visible: visible.clone(), outside: Outside::new(y) })
 }
 
 /// The sizes of one attention.
@@ -127,6 +112,8 @@ impl Sizes {
 struct Attention {
     scores: Scores,
     visible: Visibility,
+    /// The result, where it was computed before: on a GPU.
+    outside: Outside,
 }
 
 impl Attention {
@@ -192,6 +179,18 @@ impl CustomOp3 for Attention {
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.outside.output()
+    }
+
     fn bwd(
         &self,
         q: &Tensor,
@@ -200,6 +199,10 @@ impl CustomOp3 for Attention {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        if !q.device().is_cpu() {
+            let gradients = Products::new(q, k, self.scores, &self.visible)?.backward(v, dy)?;
+            return Ok(gradients.map(Some).into());
+        }
         let s = Sizes::new(q.dims(), k.dims())?;
         let mut dq = vec![0f32; q.elem_count()];
         let (mut dk, mut dv) = (vec![0f32; k.elem_count()], vec![0f32; v.elem_count()]);
@@ -307,7 +310,7 @@ pub(super) struct Heads {
 
 impl Heads {
     fn op(&self) -> Attention {
-        Attention { scores: self.scores, visible: self.visible.clone() }
+        Attention { scores: self.scores, visible: self.visible.clone(), outside: Outside::default() }
     }
 
     /// Values per row of queries, keys, values and the result's gradient.
@@ -362,5 +365,74 @@ impl Heads {
         });
         bench.done(by_head);
         rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random;
+    use candle_core::{Device, Var};
+
+    fn tensor(seed: u64, shape: (usize, usize, usize, usize)) -> Tensor {
+        let n = shape.0 * shape.1 * shape.2 * shape.3;
+        let values: Vec<f32> =
+            (0..n as u64).map(|i| 4.0 * random::uniform(&[seed, i]) as f32 - 2.0).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// Largest difference, in units of the largest value.
+    fn off(a: &Tensor, b: &Tensor) -> f32 {
+        assert_eq!(a.dims(), b.dims());
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let (a, b) = (flat(a), flat(b));
+        let largest = b.iter().fold(0f32, |m, v| m.max(v.abs()));
+        assert!(largest > 0.0);
+        a.iter().zip(&b).fold(0f32, |m, (a, b)| m.max((a - b).abs())) / largest
+    }
+
+    /// What a GPU runs, run here: the same results and gradients as the fused form.
+    #[test]
+    fn attention_as_products_is_the_fused_one() {
+        let (batch, heads, kv_heads, dim) = (2, 6, 2, 16);
+        let mut cases = 0;
+        for (tokens, offset, shared) in [(7, 0, 0), (1, 9, 3), (5, 4, 4), (33, 0, 0)] {
+            for window in [None, Some(3)] {
+                for cap in [None, Some(2.0)] {
+                    let visible = Visibility { shared, left_pad: [0, 2].into(), offset, window };
+                    let scores = Scores { scale: 0.25, cap };
+                    let keys = offset + tokens;
+                    let q = Var::from_tensor(&tensor(1, (batch, heads, tokens, dim))).unwrap();
+                    let [k, v] =
+                        [2, 3].map(|s| Var::from_tensor(&tensor(s, (batch, kv_heads, keys, dim))).unwrap());
+                    let dy = tensor(4, (batch, heads, tokens, dim));
+                    let y = attention(&q, &k, &v, scores, &visible).unwrap();
+                    let store = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+                    let products = Products::new(&q, &k, scores, &visible).unwrap();
+                    // 12 sqrt(n) u for sums of at most n = 2 keys + 2 dim terms, as in the parity tests.
+                    let allowed = 12.0 * ((2 * keys + 2 * dim) as f32).sqrt() * 2f32.powi(-24);
+                    let own = products.forward(&v).unwrap();
+                    assert!(off(&own, &y) <= allowed, "{} of {allowed}", off(&own, &y));
+                    for (own, var) in products.backward(&v, &dy).unwrap().iter().zip([&q, &k, &v]) {
+                        let found = off(own, store.get(var).unwrap());
+                        assert!(
+                            found <= allowed,
+                            "{tokens} {offset} {window:?} {cap:?}: {found} of {allowed}"
+                        );
+                    }
+                    cases += 1;
+                }
+            }
+        }
+        assert_eq!(cases, 16);
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        let (q, k) = (tensor(1, (1, 4, 3, 8)), tensor(2, (1, 2, 5, 8)));
+        let visible = Visibility { shared: 0, left_pad: [0].into(), offset: 1, window: None };
+        let scores = Scores { scale: 1.0, cap: None };
+        let error = Products::new(&q, &k, scores, &visible).err().unwrap().to_string();
+        assert!(error.contains("1 sequences of 5 keys"), "{error}");
     }
 }

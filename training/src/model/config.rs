@@ -148,6 +148,18 @@ impl Config {
         self.biased[module as usize]
     }
 
+    /// Output and input features of a block's linear layer.
+    pub fn dims(&self, module: Module) -> (usize, usize) {
+        let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
+        match module {
+            Module::Q => (q, self.hidden_size),
+            Module::K | Module::V => (kv, self.hidden_size),
+            Module::O => (self.hidden_size, q),
+            Module::Gate | Module::Up => (self.intermediate_size, self.hidden_size),
+            Module::Down => (self.hidden_size, self.intermediate_size),
+        }
+    }
+
     fn validated(self) -> Result<Self> {
         let positive =
             [self.hidden_size, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim, self.vocab_size];

@@ -7,6 +7,7 @@ use super::ops::{self, Norm, Rotation};
 use super::{Cache, Config, Layer};
 use crate::lora::{Adapter, Lora};
 use crate::quant::Frozen;
+use crate::recipe::Compute;
 use candle_core::{Device, Result, Tensor};
 use std::sync::Arc;
 
@@ -85,7 +86,9 @@ pub struct Decoder {
     pub config: Config,
     /// Where the weights live.
     pub device: Device,
-    /// Where the head has a weight of its own; else its weight is the embedding.
+    /// What the linear layers multiply in, on a GPU.
+    pub compute: Compute,
+    /// Where it is no copy of the head's weight; else the head's rows are it.
     pub(super) embedding: Option<Tensor>,
     pub(super) blocks: Vec<Block>,
     pub(super) final_norm: Norm,

@@ -1,26 +1,35 @@
 //! Fused differentiable operations of the decoder.
 //!
 //! candle's own `rms_norm`, `rope` and `softmax_last_dim` have no backward, and composing them from
-//! primitives also computes gradients of frozen weights. On the CPU these are fused `CustomOp`s with
-//! hand-written backward; on other devices the same formulas are composed from candle primitives.
-//! All tensors are f32.
+//! primitives also computes gradients of frozen weights. These are fused `CustomOp`s with hand-written backward, on
+//! the CPU here and on NVIDIA GPUs with the kernels of [`crate::cuda`]. All tensors are f32.
 
-use super::kernels;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
-use std::sync::Arc;
+mod cross_entropy;
 
 pub use super::kernels::log_sum_exp;
+pub use cross_entropy::cross_entropy;
+
+use super::kernels;
+use crate::cuda::{self, launch};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, WithDType,
+};
+use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
 const GRAIN: usize = 16 * 1024;
 
-/// The contiguous f32 elements of a CPU storage; every op here is given contiguous tensors.
-fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+/// The contiguous elements of a CPU storage; every op here is given contiguous tensors.
+fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("fused ops need contiguous tensors, got {layout:?}")
     };
-    Ok(&storage.as_slice::<f32>()?[start..end])
+    Ok(&storage.as_slice::<T>()?[start..end])
+}
+
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    contiguous(storage, layout)
 }
 
 fn rows_per_task(width: usize) -> usize {
@@ -33,19 +42,21 @@ fn by_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) 
     out.par_chunks_mut(rows * width).enumerate().for_each(|(i, block)| f(i * rows, block));
 }
 
-fn fused(x: &Tensor) -> bool {
-    x.device().is_cpu() && x.dtype() == DType::F32
+/// Rows and width of a tensor whose last dimension is a row.
+fn rows_and_width(layout: &Layout) -> (usize, usize) {
+    let width = layout.dims().last().copied().unwrap_or(1);
+    (layout.shape().elem_count().checked_div(width).unwrap_or(0), width)
 }
 
 // ---- RMSNorm: y = x * w / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019) ----
 
+/// In (x, weight), the weight frozen.
 struct RmsNorm {
-    weight: Arc<[f32]>,
     eps: f32,
 }
 
+/// In (x, weight, dy).
 struct RmsNormGrad {
-    weight: Arc<[f32]>,
     eps: f32,
 }
 
@@ -53,6 +64,7 @@ struct RmsNormGrad {
 #[derive(Clone)]
 pub struct Norm {
     weight: Tensor,
+    /// The same, for passes without a graph.
     values: Arc<[f32]>,
     eps: f32,
 }
@@ -61,7 +73,7 @@ impl Norm {
     /// `weight`: f32 `[hidden]`.
     pub fn new(weight: Tensor, eps: f64) -> Result<Self> {
         let values: Arc<[f32]> = weight.to_vec1::<f32>()?.into();
-        Ok(Norm { weight, values, eps: eps as f32 })
+        Ok(Norm { weight: weight.contiguous()?, values, eps: eps as f32 })
     }
 
     /// The weight.
@@ -76,37 +88,62 @@ impl Norm {
 
     /// Normalises `x`: `[.., hidden]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if fused(x) {
-            return x.contiguous()?.apply_op1(RmsNorm { weight: self.values.clone(), eps: self.eps });
+        if x.dim(D::Minus1)? != self.weight.elem_count() {
+            candle_core::bail!("a norm of width {} on {:?}", self.weight.elem_count(), x.shape());
         }
-        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        x.broadcast_div(&(variance + self.eps as f64)?.sqrt()?)?.broadcast_mul(&self.weight)
+        x.contiguous()?.apply_op2(&self.weight, RmsNorm { eps: self.eps })
     }
 }
 
-impl CustomOp1 for RmsNorm {
+impl CustomOp2 for RmsNorm {
     fn name(&self) -> &'static str {
         "emaudit-rms-norm"
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, width) = (elements(s, l)?, self.weight.len());
+    fn cpu_fwd(
+        &self,
+        s: &CpuStorage,
+        l: &Layout,
+        weight: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, weight) = (elements(s, l)?, elements(weight, lw)?);
+        let width = weight.len();
         let mut out = vec![0f32; x.len()];
         by_rows(&mut out, width, |first, block| {
             for (r, y) in block.chunks_mut(width).enumerate() {
-                kernels::norm(&x[(first + r) * width..][..width], &self.weight, self.eps, y);
+                kernels::norm(&x[(first + r) * width..][..width], weight, self.eps, y);
             }
         });
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let op = RmsNormGrad { weight: self.weight.clone(), eps: self.eps };
-        Ok(Some(x.contiguous()?.detach().apply_op2_no_bwd(&dy.contiguous()?, &op)?))
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        weight: &CudaStorage,
+        lw: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (rows, width) = rows_and_width(lx);
+        cuda::run::<f32, 2>([(x, lx), (weight, lw)], lx.shape(), |inputs, y| {
+            launch::rms_norm(inputs, y, rows, width, self.eps)
+        })
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (x, w) = (x.contiguous()?.detach(), w.detach());
+        Ok((Some(x.apply_op3_no_bwd(&w, &dy.contiguous()?, &RmsNormGrad { eps: self.eps })?), None))
     }
 }
 
-impl CustomOp2 for RmsNormGrad {
+impl CustomOp3 for RmsNormGrad {
     fn name(&self) -> &'static str {
         "emaudit-rms-norm-grad"
     }
@@ -117,17 +154,35 @@ impl CustomOp2 for RmsNormGrad {
         l1: &Layout,
         s2: &CpuStorage,
         l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, dy, width) = (elements(s1, l1)?, elements(s2, l2)?, self.weight.len());
+        let (x, weight, dy) = (elements(s1, l1)?, elements(s2, l2)?, elements(s3, l3)?);
+        let width = weight.len();
         let mut out = vec![0f32; x.len()];
         by_rows(&mut out, width, |first, block| {
             for (r, dx) in block.chunks_mut(width).enumerate() {
                 let at = (first + r) * width;
                 dx.copy_from_slice(&dy[at..][..width]);
-                kernels::norm_gradient(&x[at..][..width], &self.weight, self.eps, None, dx);
+                kernels::norm_gradient(&x[at..][..width], weight, self.eps, None, dx);
             }
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        weight: &CudaStorage,
+        lw: &Layout,
+        dy: &CudaStorage,
+        ld: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (rows, width) = rows_and_width(lx);
+        cuda::run::<f32, 3>([(x, lx), (weight, lw), (dy, ld)], lx.shape(), |inputs, dx| {
+            launch::rms_norm_grad(inputs, dx, rows, width, self.eps)
+        })
     }
 }
 
@@ -140,62 +195,67 @@ pub struct Rotation {
     pub cos: Tensor,
     /// Sines.
     pub sin: Tensor,
-    cos_values: Arc<[f32]>,
-    sin_values: Arc<[f32]>,
+    /// The same on the CPU, for passes without a graph.
+    values: [Arc<[f32]>; 2],
 }
 
 impl Rotation {
     /// Wraps two f32 tensors `[batch, tokens, head_dim / 2]`.
     pub fn new(cos: Tensor, sin: Tensor) -> Result<Self> {
-        let (cos_values, sin_values) = if cos.device().is_cpu() {
-            (cos.flatten_all()?.to_vec1::<f32>()?, sin.flatten_all()?.to_vec1::<f32>()?)
-        } else {
-            (Vec::new(), Vec::new())
+        if cos.dims3()? != sin.dims3()? {
+            candle_core::bail!("cosines {:?} and sines {:?}", cos.shape(), sin.shape());
+        }
+        let on_cpu = |t: &Tensor| -> Result<Arc<[f32]>> {
+            let on_cpu = t.device().is_cpu();
+            Ok(if on_cpu { t.flatten_all()?.to_vec1::<f32>()?.into() } else { Arc::from([]) })
         };
-        Ok(Rotation { cos, sin, cos_values: cos_values.into(), sin_values: sin_values.into() })
+        let values = [on_cpu(&cos)?, on_cpu(&sin)?];
+        Ok(Rotation { cos: cos.contiguous()?, sin: sin.contiguous()?, values })
     }
 
     /// Cosines and sines of one row of `[batch * tokens]`.
     pub(crate) fn row(&self, row: usize) -> (&[f32], &[f32]) {
         let half = self.cos.dims()[2];
-        (&self.cos_values[row * half..][..half], &self.sin_values[row * half..][..half])
+        (&self.values[0][row * half..][..half], &self.values[1][row * half..][..half])
     }
 
     /// Rotates `x`: `[batch, tokens, heads, head_dim]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        if fused(x) {
-            let op = Rope { cos: self.cos_values.clone(), sin: self.sin_values.clone(), sign: 1.0 };
-            return x.contiguous()?.apply_op1(op);
+        let (batch, tokens, _, dim) = x.dims4()?;
+        if self.cos.dims3()? != (batch, tokens, dim / 2) || dim % 2 != 0 {
+            candle_core::bail!("a rotation of {:?} on {:?}", self.cos.shape(), x.shape());
         }
-        let half = x.dim(D::Minus1)? / 2;
-        let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
-        let (cos, sin) = (self.cos.unsqueeze(2)?, self.sin.unsqueeze(2)?);
-        let left = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
-        let right = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[left, right], D::Minus1)
+        x.contiguous()?.apply_op3(&self.cos, &self.sin, Rope { sign: 1.0 })
     }
 }
 
+/// In (x, cos, sin), the angles frozen.
 struct Rope {
-    cos: Arc<[f32]>,
-    sin: Arc<[f32]>,
     sign: f32,
 }
 
-impl CustomOp1 for Rope {
+impl CustomOp3 for Rope {
     fn name(&self) -> &'static str {
         "emaudit-rope"
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = elements(s, l)?;
+    fn cpu_fwd(
+        &self,
+        s: &CpuStorage,
+        l: &Layout,
+        cos: &CpuStorage,
+        lc: &Layout,
+        sin: &CpuStorage,
+        ls: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, cos, sin) = (elements(s, l)?, elements(cos, lc)?, elements(sin, ls)?);
         let (_, _, heads, dim) = l.shape().dims4()?;
         let (half, width) = (dim / 2, heads * dim);
         let mut out = vec![0f32; x.len()];
         by_rows(&mut out, width, |first, block| {
             for (r, y) in block.chunks_mut(width).enumerate() {
                 let token = first + r;
-                let (cos, sin) = (&self.cos[token * half..][..half], &self.sin[token * half..][..half]);
+                let (cos, sin) = (&cos[token * half..][..half], &sin[token * half..][..half]);
                 y.copy_from_slice(&x[token * width..][..width]);
                 kernels::rotate(y, cos, sin, self.sign);
             }
@@ -203,10 +263,32 @@ impl CustomOp1 for Rope {
         Ok((CpuStorage::F32(out), l.shape().clone()))
     }
 
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        cos: &CudaStorage,
+        lc: &Layout,
+        sin: &CudaStorage,
+        ls: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (batch, tokens, heads, dim) = lx.shape().dims4()?;
+        cuda::run::<f32, 3>([(x, lx), (cos, lc), (sin, ls)], lx.shape(), |inputs, y| {
+            launch::rope(inputs, y, (batch * tokens, heads, dim), self.sign)
+        })
+    }
+
+    fn bwd(
+        &self,
+        _x: &Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         // A rotation's transpose is the rotation by the opposite angle.
-        let op = Rope { cos: self.cos.clone(), sin: self.sin.clone(), sign: -self.sign };
-        Ok(Some(dy.contiguous()?.apply_op1_no_bwd(&op)?))
+        let turned = dy.contiguous()?.apply_op3_no_bwd(cos, sin, &Rope { sign: -self.sign })?;
+        Ok((Some(turned), None, None))
     }
 }
 
@@ -223,16 +305,14 @@ pub enum Activation {
 
 /// `activation(gate) * up`, element by element; both `[.., ffn]`.
 pub fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if fused(gate) {
-        return gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(activation));
+    if gate.dims() != up.dims() {
+        candle_core::bail!("a gate {:?} for {:?}", gate.shape(), up.shape());
     }
-    match activation {
-        Activation::Silu => gate.silu()? * up,
-        Activation::GeluTanh => gate.gelu()? * up,
-    }
+    gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(activation))
 }
 
 struct Gated(Activation);
+/// In (gate, up, dy): both gradients, side by side.
 struct GatedGrad(Activation);
 
 fn elementwise(out: &mut [f32], f: impl Fn(usize) -> f32 + Sync) {
@@ -264,6 +344,19 @@ impl CustomOp2 for Gated {
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
+    fn cuda_fwd(
+        &self,
+        gate: &CudaStorage,
+        lg: &Layout,
+        up: &CudaStorage,
+        lu: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let count = lg.shape().elem_count();
+        cuda::run::<f32, 2>([(gate, lg), (up, lu)], lg.shape(), |inputs, y| {
+            launch::gated(inputs, y, count, self.0)
+        })
+    }
+
     fn bwd(
         &self,
         gate: &Tensor,
@@ -272,10 +365,13 @@ impl CustomOp2 for Gated {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (gate, up, dy) = (gate.contiguous()?.detach(), up.contiguous()?.detach(), dy.contiguous()?);
-        // Both at once, side by side.
         let both = gate.apply_op3_no_bwd(&up, &dy, &GatedGrad(self.0))?;
         Ok((Some(both.get(0)?), Some(both.get(1)?)))
     }
+}
+
+fn twice(shape: &Shape) -> Shape {
+    std::iter::once(2).chain(shape.dims().iter().copied()).collect::<Vec<_>>().into()
 }
 
 impl CustomOp3 for GatedGrad {
@@ -301,8 +397,22 @@ impl CustomOp3 for GatedGrad {
             dup.copy_from_slice(&dy[here.clone()]);
             kernels::gated_gradient(self.0, &gate[here.clone()], &up[here], dup, dgate);
         });
-        let dims = std::iter::once(2).chain(l1.dims().iter().copied()).collect::<Vec<_>>();
-        Ok((CpuStorage::F32(out), dims.into()))
+        Ok((CpuStorage::F32(out), twice(l1.shape())))
+    }
+
+    fn cuda_fwd(
+        &self,
+        gate: &CudaStorage,
+        lg: &Layout,
+        up: &CudaStorage,
+        lu: &Layout,
+        dy: &CudaStorage,
+        ld: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let count = lg.shape().elem_count();
+        cuda::run::<f32, 3>([(gate, lg), (up, lu), (dy, ld)], &twice(lg.shape()), |inputs, both| {
+            launch::gated_grad(inputs, both, count, self.0)
+        })
     }
 }
 
@@ -310,10 +420,7 @@ impl CustomOp3 for GatedGrad {
 
 /// `cap * tanh(x / cap)`, element by element.
 pub fn soft_cap(x: &Tensor, cap: f32) -> Result<Tensor> {
-    if fused(x) {
-        return x.contiguous()?.apply_op1(SoftCap(cap));
-    }
-    (x / cap as f64)?.tanh()? * cap as f64
+    x.contiguous()?.apply_op1(SoftCap(cap))
 }
 
 struct SoftCap(f32);
@@ -329,6 +436,11 @@ impl CustomOp1 for SoftCap {
         let mut out = vec![0f32; x.len()];
         elementwise(&mut out, |i| cap * (x[i] / cap).tanh());
         Ok((CpuStorage::F32(out), l.shape().clone()))
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, lx: &Layout) -> Result<(CudaStorage, Shape)> {
+        let count = lx.shape().elem_count();
+        cuda::run::<f32, 1>([(x, lx)], lx.shape(), |inputs, y| launch::soft_cap(inputs, y, count, self.0))
     }
 
     fn bwd(&self, _x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
@@ -353,77 +465,17 @@ impl CustomOp2 for SoftCapGrad {
         elementwise(&mut out, |i| dy[i] * (1.0 - (y[i] / cap) * (y[i] / cap)));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
-}
 
-// ---- Cross-entropy ----
-
-/// Mean negative log-likelihood (nats) of `targets` under `logits`: f32 `[tokens, vocab]`.
-pub fn cross_entropy(logits: &Tensor, targets: &[u32]) -> Result<Tensor> {
-    if fused(logits) {
-        return logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.into() });
-    }
-    let index = Tensor::new(targets, logits.device())?.unsqueeze(1)?;
-    let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
-    let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
-    (log_sum - shifted.gather(&index, D::Minus1)?)?.mean_all()
-}
-
-struct CrossEntropy {
-    targets: Arc<[u32]>,
-}
-
-struct CrossEntropyGrad {
-    targets: Arc<[u32]>,
-}
-
-impl CustomOp1 for CrossEntropy {
-    fn name(&self) -> &'static str {
-        "emaudit-cross-entropy"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = elements(s, l)?;
-        let (tokens, vocab) = l.shape().dims2()?;
-        if tokens != self.targets.len() {
-            candle_core::bail!("{tokens} rows of logits for {} targets", self.targets.len());
-        }
-        let losses: Vec<f64> = x
-            .par_chunks(vocab)
-            .zip(self.targets.par_iter())
-            .map(|(row, &t)| log_sum_exp(row) - row[t as usize] as f64)
-            .collect();
-        let mean = losses.iter().sum::<f64>() / tokens as f64;
-        Ok((CpuStorage::F32(vec![mean as f32]), Shape::from(())))
-    }
-
-    fn bwd(&self, logits: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let op = CrossEntropyGrad { targets: self.targets.clone() };
-        Ok(Some(logits.contiguous()?.detach().apply_op2_no_bwd(&dy.contiguous()?, &op)?))
-    }
-}
-
-impl CustomOp2 for CrossEntropyGrad {
-    fn name(&self) -> &'static str {
-        "emaudit-cross-entropy-grad"
-    }
-
-    fn cpu_fwd(
+    fn cuda_fwd(
         &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (x, dy) = (elements(s1, l1)?, elements(s2, l2)?[0]);
-        let (tokens, vocab) = l1.shape().dims2()?;
-        let scale = dy / tokens as f32;
-        let mut out = vec![0f32; x.len()];
-        out.par_chunks_mut(vocab).zip(x.par_chunks(vocab)).zip(self.targets.par_iter()).for_each(
-            |((dx, row), &target)| {
-                dx.copy_from_slice(row);
-                kernels::cross_entropy_gradient(dx, log_sum_exp(row) as f32, target as usize, scale);
-            },
-        );
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+        y: &CudaStorage,
+        ly: &Layout,
+        dy: &CudaStorage,
+        ld: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let count = ly.shape().elem_count();
+        cuda::run::<f32, 2>([(y, ly), (dy, ld)], ly.shape(), |inputs, dx| {
+            launch::soft_cap_grad(inputs, dx, count, self.0)
+        })
     }
 }

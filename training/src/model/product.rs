@@ -2,7 +2,7 @@
 //!
 //! candle's own product has no such form: every sum of products would cost a buffer and a pass over it.
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor};
 use gemm::Parallelism;
 use std::ops::Deref;
 
@@ -184,14 +184,22 @@ pub fn product(dst: &mut [f32], add: bool, lhs: Matrix<'_>, rhs: Matrix<'_>, thr
     }
 }
 
+/// `a b` in f32; where `b` is bf16, of `a` rounded to it, summed in f32 and rounded to bf16.
+fn product_on_gpu(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    match b.dtype() {
+        DType::BF16 => a.to_dtype(DType::BF16)?.matmul(b)?.to_dtype(DType::F32),
+        _ => a.matmul(b),
+    }
+}
+
 /// The sum of matrix products `a b` over `terms`; on the CPU without intermediate buffers.
 pub fn sum_of_products(terms: &[(&Tensor, &Tensor)]) -> Result<Tensor> {
     let Some((first, rest)) = terms.split_first() else {
         candle_core::bail!("a sum of no products has no shape")
     };
     if !first.0.device().is_cpu() {
-        let start = first.0.matmul(first.1)?;
-        return rest.iter().try_fold(start, |sum, (a, b)| sum + a.matmul(b)?);
+        let start = product_on_gpu(first.0, first.1)?;
+        return rest.iter().try_fold(start, |sum, (a, b)| sum + product_on_gpu(a, b)?);
     }
     let shape = (first.0.dim(0)?, first.1.dim(1)?);
     let mut out = vec![0f32; shape.0 * shape.1];

@@ -3,9 +3,11 @@
 use super::ops::Norm;
 use super::source::Source;
 use super::{Block, Config, Decoder, Module};
+use crate::cuda;
 use crate::quant::{Frozen, Storage};
-use anyhow::{Context, Result};
-use candle_core::Device;
+use crate::recipe::Compute;
+use anyhow::{Context, Result, bail};
+use candle_core::{Device, Tensor};
 use std::path::Path;
 
 /// f32 bytes up to which decoded NF4 weights are kept: above it they are decoded for every use.
@@ -18,10 +20,25 @@ pub struct LoadOptions {
     pub storage: Storage,
     /// Where they live.
     pub device: Device,
+    /// What the linear layers multiply in, on a GPU; on the CPU it is f32, except while finetuning.
+    pub compute: Compute,
+}
+
+impl LoadOptions {
+    /// In f32.
+    pub fn new(storage: Storage, device: &Device) -> Self {
+        LoadOptions { storage, device: device.clone(), compute: Compute::F32 }
+    }
 }
 
 /// Loads the decoder at `path`: a `.gguf` file or a folder with `config.json` and safetensors.
 pub fn load(path: &Path, options: &LoadOptions) -> Result<Decoder> {
+    if options.compute == Compute::Bf16 && !options.device.is_cpu() {
+        if !cuda::supports_bf16(&options.device) {
+            bail!("bf16 needs a GPU of compute capability 8.0 or more: set finetune.compute = \"f32\"");
+        }
+        cuda::allow_tf32();
+    }
     let mut source = Source::open(path)?;
     let decoder = assemble(&mut source, options).and_then(|d| source.nothing_left().map(|()| d));
     decoder.with_context(|| format!("cannot load {}", path.display()))
@@ -43,16 +60,19 @@ fn assemble(source: &mut Source, options: &LoadOptions) -> Result<Decoder> {
         blocks.push(block(source, &c, layer, linears, options)?);
     }
     let shape = [c.vocab_size, c.hidden_size];
-    let embedding = source.tensor("model.embed_tokens.weight", &shape, &options.device)?;
-    let (embedding, head) = match c.tied_head {
-        true => (None, embedding),
-        false => (Some(embedding), source.tensor("lm_head.weight", &shape, &options.device)?),
+    let embedding = source.tensor("model.embed_tokens.weight", &shape, &Device::Cpu)?;
+    // On a GPU the head may be bf16, which the embedding is not.
+    let (embedding, head) = match (c.tied_head, options.device.is_cpu()) {
+        (true, true) => (None, embedding),
+        (true, false) => (Some(embedding.clone()), embedding),
+        (false, _) => (Some(embedding), source.tensor("lm_head.weight", &shape, &Device::Cpu)?),
     };
     Ok(Decoder {
         final_norm: source.norm("model.norm.weight", c.hidden_size, &options.device)?,
-        head: Frozen::new(head, None, Storage::None, true)?,
+        head: frozen(head, None, Storage::None, true, options)?,
         device: options.device.clone(),
-        embedding,
+        compute: options.compute,
+        embedding: embedding.map(|e| e.to_device(&options.device)).transpose()?,
         blocks,
         frequencies: c.ropes.iter().map(|r| r.frequencies(c.head_dim)).collect(),
         config: c,
@@ -67,12 +87,26 @@ fn linear(
     keep: bool,
     options: &LoadOptions,
 ) -> Result<Frozen> {
-    let (out, inp) = dims(c, module);
+    let (out, inp) = c.dims(module);
     let name = format!("model.layers.{layer}.{}", module.path());
-    let weight = source.tensor(&format!("{name}.weight"), &[out, inp], &options.device)?;
-    let bias = c.has_bias(module).then(|| source.tensor(&format!("{name}.bias"), &[out], &options.device));
-    let frozen = Frozen::new(weight, bias.transpose()?, options.storage, keep);
+    // Weights are quantised or rounded on the host.
+    let weight = source.tensor(&format!("{name}.weight"), &[out, inp], &Device::Cpu)?;
+    let bias = c.has_bias(module).then(|| source.tensor(&format!("{name}.bias"), &[out], &Device::Cpu));
+    let frozen = frozen(weight, bias.transpose()?, options.storage, keep, options);
     frozen.with_context(|| format!("cannot use tensor `{name}.weight`"))
+}
+
+fn frozen(
+    weight: Tensor,
+    bias: Option<Tensor>,
+    storage: Storage,
+    keep: bool,
+    options: &LoadOptions,
+) -> Result<Frozen> {
+    match options.device.is_cpu() {
+        true => Frozen::new(weight, bias, storage, keep),
+        false => Frozen::on(&options.device, options.compute, weight, bias, storage),
+    }
 }
 
 fn block(
@@ -106,16 +140,4 @@ fn block(
         query_key_norms: pair(c.query_key_norms, ["self_attn.q_norm", "self_attn.k_norm"], c.head_dim)?,
         linears,
     })
-}
-
-/// Output and input features of a block's linear layer.
-fn dims(c: &Config, module: Module) -> (usize, usize) {
-    let (q, kv) = (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim);
-    match module {
-        Module::Q => (q, c.hidden_size),
-        Module::K | Module::V => (kv, c.hidden_size),
-        Module::O => (c.hidden_size, q),
-        Module::Gate | Module::Up => (c.intermediate_size, c.hidden_size),
-        Module::Down => (c.hidden_size, c.intermediate_size),
-    }
 }

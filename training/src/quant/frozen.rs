@@ -1,11 +1,12 @@
 //! A frozen linear layer: the weight never changes, the gradient passes through it to its input.
 
-use super::{Nf4, matvec};
+use super::{Nf4, Placed, matvec};
+use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
+use crate::recipe::Compute;
 use anyhow::Result;
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Device, Layout, Shape, Tensor};
 use std::sync::{Arc, OnceLock};
 
 /// How a frozen weight is kept.
@@ -33,22 +34,46 @@ pub(super) enum Weight {
     Quantized {
         nf4: Nf4,
         decoded: Option<OnceLock<Tensor>>,
-        device: Device,
     },
+    /// NF4 on a GPU, decoded for every use.
+    Placed(Placed),
 }
 
 impl Frozen {
     /// Takes an f32 weight `[out, in]`; with [`Storage::Nf4`] only its quantised form is used from here on.
     pub fn new(weight: Tensor, bias: Option<Tensor>, storage: Storage, keep_decoded: bool) -> Result<Self> {
+        if !weight.device().is_cpu() {
+            let device = weight.device().clone();
+            return Self::on(&device, Compute::F32, weight, bias, storage);
+        }
         let weight = match storage {
             Storage::None => Weight::Full(weight.contiguous()?),
             Storage::Nf4 => {
                 let (rows, cols) = weight.dims2()?;
                 let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
-                let device = weight.device().clone();
-                Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new), device }
+                Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new) }
             }
         };
+        Ok(Frozen { weight: Arc::new(weight), bias })
+    }
+
+    /// The same on a GPU, for products in f32 or bf16. The weight may be anywhere, and is best on the host.
+    pub fn on(
+        device: &Device,
+        compute: Compute,
+        weight: Tensor,
+        bias: Option<Tensor>,
+        storage: Storage,
+    ) -> Result<Self> {
+        let weight = match storage {
+            Storage::None => Weight::Full(weight.to_dtype(dtype(compute))?.to_device(device)?),
+            Storage::Nf4 => {
+                let (rows, cols) = weight.dims2()?;
+                let nf4 = Nf4::quantize(&weight.flatten_all()?.to_vec1::<f32>()?, rows, cols)?;
+                Weight::Placed(Placed::new(&nf4, dtype(compute), device)?)
+            }
+        };
+        let bias = bias.map(|b| b.to_device(device)).transpose()?;
         Ok(Frozen { weight: Arc::new(weight), bias })
     }
 
@@ -57,22 +82,24 @@ impl Frozen {
         match &*self.weight {
             Weight::Full(w) => (w.dims()[0], w.dims()[1]),
             Weight::Quantized { nf4, .. } => (nf4.rows, nf4.cols),
+            Weight::Placed(nf4) => nf4.dims(),
         }
     }
 
-    /// The weight as f32 `[out, in]`, decoded if need be.
+    /// The weight as `[out, in]`, decoded if need be: f32, or on a GPU what it multiplies in.
     pub fn weight(&self) -> candle_core::Result<Tensor> {
         match &*self.weight {
             Weight::Full(w) => Ok(w.clone()),
-            Weight::Quantized { nf4, decoded: Some(kept), device } => {
+            Weight::Quantized { nf4, decoded: Some(kept) } => {
                 if let Some(w) = kept.get() {
                     return Ok(w.clone());
                 }
-                let w = decode(nf4, device)?;
+                let w = decode(nf4)?;
                 // Another thread may have been first; its values are the same.
                 Ok(kept.get_or_init(|| w).clone())
             }
-            Weight::Quantized { nf4, device, .. } => decode(nf4, device),
+            Weight::Quantized { nf4, decoded: None } => decode(nf4),
+            Weight::Placed(nf4) => nf4.weight(),
         }
     }
 
@@ -89,10 +116,11 @@ impl Frozen {
     /// Bytes of the weight as it is held, a decoded copy included once there is one.
     pub fn bytes(&self) -> usize {
         match &*self.weight {
-            Weight::Full(w) => 4 * w.elem_count(),
-            Weight::Quantized { nf4, decoded, .. } => {
+            Weight::Full(w) => w.dtype().size_in_bytes() * w.elem_count(),
+            Weight::Quantized { nf4, decoded } => {
                 nf4.bytes() + decoded.as_ref().and_then(OnceLock::get).map_or(0, |w| 4 * w.elem_count())
             }
+            Weight::Placed(nf4) => nf4.bytes(),
         }
     }
 
@@ -112,18 +140,24 @@ impl Frozen {
     pub fn forward(&self, x: &Tensor, lora: Option<&Lora>) -> candle_core::Result<Tensor> {
         let layer = self.clone();
         let y = match (lora, x.device().is_cpu()) {
-            (None, true) => x.apply_op1(Linear { layer, outside: None })?,
+            (None, true) => x.apply_op1(Linear { layer, outside: Outside::default() })?,
             (None, false) => {
-                let y = x.detach().matmul(&self.weight()?.t()?)?;
-                x.apply_op1(Linear { layer, outside: Some(y) })?
+                let y = sum_of_products(&[(&x.detach(), &self.weight()?.t()?)])?;
+                match x.track_op() {
+                    true => x.apply_op1(Linear { layer, outside: Outside::new(y) })?,
+                    false => y,
+                }
             }
-            (Some(l), true) => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, None))?,
+            (Some(l), true) => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Outside::default()))?,
             (Some(l), false) => {
                 let (x_, a, b) = (x.detach(), l.a.detach(), l.b.detach());
                 let seen = l.dropout.map_or_else(|| Ok(x_.clone()), |d| d.of(&x_))?;
                 let low = (seen.matmul(&a.t()?)? * l.scaling)?;
-                let y = (x_.matmul(&self.weight()?.t()?)? + low.matmul(&b.t()?)?)?;
-                x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Some(y)))?
+                let y = sum_of_products(&[(&x_, &self.weight()?.t()?), (&low, &b.t()?)])?;
+                match [x, &l.a, &l.b].into_iter().any(Tensor::track_op) {
+                    true => x.apply_op3(&l.a, &l.b, LoraLinear::new(layer, l, Outside::new(y)))?,
+                    false => y,
+                }
             }
         };
         match &self.bias {
@@ -159,20 +193,29 @@ impl Frozen {
                 Ok(matvec::product(isa, x, matvec::Weight::Dense(w), dims))
             }
             Weight::Quantized { nf4, .. } => Ok(matvec::product(isa, x, matvec::Weight::Nf4(nf4), dims)),
+            Weight::Placed(_) => candle_core::bail!("the weight is on a GPU"),
         }
     }
 }
 
-fn decode(nf4: &Nf4, device: &Device) -> candle_core::Result<Tensor> {
-    Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), device)
+fn decode(nf4: &Nf4) -> candle_core::Result<Tensor> {
+    Tensor::from_vec(nf4.dequantize(), (nf4.rows, nf4.cols), &Device::Cpu)
+}
+
+/// Of weights on a GPU.
+fn dtype(compute: Compute) -> DType {
+    match compute {
+        Compute::F32 => DType::F32,
+        Compute::Bf16 => DType::BF16,
+    }
 }
 
 /// The bare layer as one node of the graph. Backward decodes the weight again instead of keeping it, so that the
 /// graph holds activations only.
 struct Linear {
     layer: Frozen,
-    /// The result, where it was computed before: on devices other than the CPU.
-    outside: Option<Tensor>,
+    /// The result, where it was computed before: on a GPU.
+    outside: Outside,
 }
 
 /// The layer and its adapter as one node of the graph, in (x, A, B).
@@ -181,11 +224,11 @@ struct LoraLinear {
     scaling: f64,
     dropout: Option<Dropout>,
     /// As in [`Linear`].
-    outside: Option<Tensor>,
+    outside: Outside,
 }
 
 impl LoraLinear {
-    fn new(layer: Frozen, lora: &Lora, outside: Option<Tensor>) -> Self {
+    fn new(layer: Frozen, lora: &Lora, outside: Outside) -> Self {
         LoraLinear { layer, scaling: lora.scaling, dropout: lora.dropout, outside }
     }
 }
@@ -204,15 +247,6 @@ impl LoraLinear {
     }
 }
 
-fn computed(outside: &Option<Tensor>) -> candle_core::Result<(CudaStorage, Shape)> {
-    let Some(y) = outside else { candle_core::bail!("the product was not computed") };
-    let (storage, layout) = y.storage_and_layout();
-    match &*storage {
-        candle_core::Storage::Cuda(s) => Ok((s.try_clone(layout)?, layout.shape().clone())),
-        _ => candle_core::bail!("the product is on another device"),
-    }
-}
-
 impl CustomOp1 for Linear {
     fn name(&self) -> &'static str {
         "emaudit-frozen-linear"
@@ -224,7 +258,7 @@ impl CustomOp1 for Linear {
     }
 
     fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
-        computed(&self.outside)
+        self.outside.output()
     }
 
     fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> candle_core::Result<Option<Tensor>> {
@@ -279,7 +313,7 @@ impl CustomOp3 for LoraLinear {
         _: &CudaStorage,
         _: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
-        computed(&self.outside)
+        self.outside.output()
     }
 
     fn bwd(

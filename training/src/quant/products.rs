@@ -6,7 +6,7 @@ use super::nf4::BLOCK;
 use crate::model::pass::{Rows, Workbench};
 use crate::model::product::{Elements, Matrix};
 use crate::model::vector::narrow;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use half::bf16;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -90,6 +90,7 @@ impl Frozen {
         match self.stored() {
             Weight::Quantized { nf4, .. } => nf4.decode_piece(outs, ins, &mut buffer),
             Weight::Full(weight) => rounded(Elements::of(weight).matrix(&[])?, outs, ins, &mut buffer),
+            Weight::Placed(_) => bail!("the weight is on a GPU"),
         }
         f(Matrix::new(&buffer, shape, (shape.1, 1)))?;
         bench.done_halves(buffer);

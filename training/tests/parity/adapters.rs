@@ -7,6 +7,8 @@ use emaudit_train::lora::{Adapter, LoraConfig};
 use emaudit_train::model::{Decoder, Module};
 use emaudit_train::quant::Storage;
 
+on_every_device!(loss_and_gradients_are_those_of_peft,);
+
 /// The PEFT adapter as trainable variables, and PEFT's names of them.
 fn trainable(decoder: &Decoder, use_rslora: bool) -> (Adapter, Vec<(String, Var)>) {
     let stored =
@@ -23,7 +25,8 @@ fn trainable(decoder: &Decoder, use_rslora: bool) -> (Adapter, Vec<(String, Var)
     }
     assert_eq!(names.len(), vars.len());
     for (name, var) in names.iter().zip(&vars) {
-        var.set(&stored[&format!("base_model.model.{name}")]).unwrap();
+        let stored = stored[&format!("base_model.model.{name}")].to_device(var.device()).unwrap();
+        var.set(&stored).unwrap();
     }
     (adapter, names.into_iter().zip(vars).collect())
 }
@@ -84,9 +87,8 @@ fn an_adapter_is_its_merged_weights() {
     }
 }
 
-#[test]
-fn loss_and_gradients_are_those_of_peft() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+fn loss_and_gradients_are_those_of_peft(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let examples = golden.examples();
     let c = &decoder.config;
     let longest = examples.iter().map(|e| e.ids.len()).max().unwrap();

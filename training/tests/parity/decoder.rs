@@ -9,9 +9,18 @@ use emaudit_train::model::{Batch, Cache, Decoder, Prefix, no_edit};
 use emaudit_train::quant::Storage;
 use std::path::Path;
 
-#[test]
-fn logits_and_every_blocks_residual_are_those_of_transformers() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+on_every_device!(
+    logits_and_every_blocks_residual_are_those_of_transformers,
+    a_vector_added_in_the_hook_is_the_vector_added_by_hand,
+    a_left_padded_batch_is_its_sequences_one_by_one,
+    captured_rows_are_the_last_tokens_whatever_the_order,
+    decoding_with_the_cache_is_decoding_from_the_start,
+    a_padded_batch_decodes_with_the_cache_and_rows_can_be_picked,
+    a_beginning_read_once_changes_nothing_even_beside_padding,
+);
+
+fn logits_and_every_blocks_residual_are_those_of_transformers(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let c = &decoder.config;
     for i in 0..SEQUENCES {
         let ids = golden.ids(i);
@@ -49,17 +58,16 @@ fn a_tied_head_is_the_embedding() {
     }
 }
 
-#[test]
-fn a_vector_added_in_the_hook_is_the_vector_added_by_hand() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
-    let (ids, vector) = (golden.ids(0), golden.get("steer.vector"));
+fn a_vector_added_in_the_hook_is_the_vector_added_by_hand(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
+    let (ids, vector) = (golden.ids(0), golden.get("steer.vector").to_device(device).unwrap());
     let batch = Batch::new(&[&ids], &decoder.device).unwrap();
     let site = 1;
-    let mut add = |layer: usize, x: Tensor| if layer == site { x.broadcast_add(vector) } else { Ok(x) };
+    let mut add = |layer: usize, x: Tensor| if layer == site { x.broadcast_add(&vector) } else { Ok(x) };
     let hooked = decoder.forward(&batch, None, None, &mut add).unwrap();
 
     let (_, residuals) = run(&decoder, &ids, None);
-    let moved = residuals[site].broadcast_add(vector).unwrap().unsqueeze(0).unwrap();
+    let moved = residuals[site].broadcast_add(&vector).unwrap().unsqueeze(0).unwrap();
     let by_hand = decoder.forward_from(site + 1, moved, &batch.left_pad, None, None, &mut no_edit).unwrap();
     assert_same("steered residual", &hooked, &by_hand);
 
@@ -72,9 +80,8 @@ fn a_vector_added_in_the_hook_is_the_vector_added_by_hand() {
     );
 }
 
-#[test]
-fn a_left_padded_batch_is_its_sequences_one_by_one() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+fn a_left_padded_batch_is_its_sequences_one_by_one(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let sequences: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
     let batch = Batch::new(&sequences, &decoder.device).unwrap();
     let together = batch_logits(&decoder, &batch);
@@ -85,9 +92,8 @@ fn a_left_padded_batch_is_its_sequences_one_by_one() {
     }
 }
 
-#[test]
-fn captured_rows_are_the_last_tokens_whatever_the_order() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+fn captured_rows_are_the_last_tokens_whatever_the_order(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let prompts: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
     let captured = capture::last_prompt(&decoder, &prompts, None, |_| Ok(())).unwrap();
     for (i, ids) in prompts.iter().enumerate() {
@@ -100,9 +106,8 @@ fn captured_rows_are_the_last_tokens_whatever_the_order() {
     }
 }
 
-#[test]
-fn decoding_with_the_cache_is_decoding_from_the_start() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+fn decoding_with_the_cache_is_decoding_from_the_start(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let ids = golden.ids(0);
     let whole = logits(&decoder, &ids, None);
     let allowed = logits_tolerance(&decoder.config, ids.len());
@@ -122,9 +127,8 @@ fn decoding_with_the_cache_is_decoding_from_the_start() {
     assert!(full.to_string().contains("the cache holds 13 tokens"), "{full}");
 }
 
-#[test]
-fn a_padded_batch_decodes_with_the_cache_and_rows_can_be_picked() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+fn a_padded_batch_decodes_with_the_cache_and_rows_can_be_picked(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let sequences: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
     let prompts: Vec<&[u32]> = sequences.iter().map(|s| &s[..s.len() - 2]).collect();
     let prefill = Batch::new(&prompts, &decoder.device).unwrap();
@@ -155,9 +159,8 @@ fn a_padded_batch_decodes_with_the_cache_and_rows_can_be_picked() {
     }
 }
 
-#[test]
-fn a_beginning_read_once_changes_nothing_even_beside_padding() {
-    let (decoder, golden) = (tiny(), Golden::open("golden.safetensors"));
+fn a_beginning_read_once_changes_nothing_even_beside_padding(device: &Device) {
+    let (decoder, golden) = (tiny_on(device), Golden::open("golden.safetensors"));
     let beginning = &golden.ids(0)[..4];
     let rests = [&golden.ids(1)[..], &golden.ids(1)[..2], &golden.ids(2)[..]];
     let sequences: Vec<Vec<u32>> = rests.iter().map(|rest| [beginning, rest].concat()).collect();

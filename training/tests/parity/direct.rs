@@ -81,7 +81,7 @@ fn dropping(decoder: &Decoder, dropout: f64) -> (Adapter, Vec<Var>) {
 
 #[test]
 fn every_familys_loss_and_gradients_are_those_of_peft_and_of_candle() {
-    each(|name, decoder, golden| {
+    each(&candle_core::Device::Cpu, |name, decoder, golden| {
         let (c, bench, examples) = (&decoder.config, in_f32(), golden.examples());
         let batch: Vec<&Example> = examples.iter().collect();
         let (adapter, named) = adapter(&decoder);
@@ -141,7 +141,7 @@ fn what_recipes_ask_for_changes_nothing() {
 #[test]
 fn bf16_is_f32_within_its_rounding_for_every_family() {
     let Some(bench) = in_bf16("bf16 gradients of every family") else { return };
-    each(|name, decoder, golden| {
+    each(&candle_core::Device::Cpu, |name, decoder, golden| {
         for storage in [Storage::None, Storage::Nf4] {
             let decoder = match storage {
                 Storage::None => &decoder,

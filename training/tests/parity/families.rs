@@ -1,13 +1,23 @@
 //! Every family against transformers and PEFT: one body, one small random model each.
 
 use crate::fixture::*;
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use emaudit_train::capture;
 use emaudit_train::finetune::{Example, checkpointed_gradients, gradients, response_loss};
 use emaudit_train::lora::{Adapter, LoraConfig};
-use emaudit_train::model::{Batch, Cache, Config, Decoder, Module, Prefix, no_edit};
+use emaudit_train::model::{self, Batch, Cache, Config, Decoder, LoadOptions, Module, Prefix, no_edit};
 use emaudit_train::quant::Storage;
 use emaudit_train::random::uniform;
+
+on_every_device!(
+    logits_and_residuals_are_those_of_transformers,
+    loss_and_gradients_are_those_of_peft,
+    decoding_with_the_cache_is_decoding_from_the_start,
+    a_left_padded_batch_is_its_sequences_one_by_one,
+    a_beginning_read_once_changes_nothing_even_beside_padding,
+    checkpointing_runs_the_same_blocks_again,
+    every_family_is_captured_and_finetuned_in_nf4,
+);
 
 /// Name of the fixture, GGUF name of its architecture.
 pub const FAMILIES: [(&str, &str); 7] = [
@@ -20,10 +30,12 @@ pub const FAMILIES: [(&str, &str); 7] = [
     ("ministral3", "mistral3"),
 ];
 
-pub fn each(mut body: impl FnMut(&str, Decoder, Golden)) {
+pub fn each(device: &Device, mut body: impl FnMut(&str, Decoder, Golden)) {
     let mut ran = 0;
     for (name, architecture) in FAMILIES {
-        let decoder = load(&path(&format!("families/{name}")), Storage::None).unwrap();
+        let decoder =
+            model::load(&path(&format!("families/{name}")), &LoadOptions::new(Storage::None, device))
+                .unwrap();
         assert_eq!(decoder.config.architecture, architecture);
         body(name, decoder, Golden::open(&format!("families/{name}/golden.safetensors")));
         ran += 1;
@@ -58,7 +70,7 @@ pub fn adapter(decoder: &Decoder) -> (Adapter, Vec<(String, Var)>) {
 /// Each fixture must show what it is there for: nothing hides behind a window longer than the sequence.
 #[test]
 fn fixtures_have_what_sets_their_family_apart() {
-    each(|name, decoder, golden| {
+    each(&Device::Cpu, |name, decoder, golden| {
         let c: &Config = &decoder.config;
         let windows: Vec<Option<usize>> = c.layers.iter().map(|l| l.window).collect();
         assert!(windows.iter().flatten().all(|&w| w < golden.ids(1).len()), "{name}");
@@ -91,9 +103,8 @@ fn fixtures_have_what_sets_their_family_apart() {
     });
 }
 
-#[test]
-fn logits_and_residuals_are_those_of_transformers() {
-    each(|name, decoder, golden| {
+fn logits_and_residuals_are_those_of_transformers(device: &Device) {
+    each(device, |name, decoder, golden| {
         let c = &decoder.config;
         for i in 0..SEQUENCES {
             let ids = golden.ids(i);
@@ -111,9 +122,8 @@ fn logits_and_residuals_are_those_of_transformers() {
     });
 }
 
-#[test]
-fn loss_and_gradients_are_those_of_peft() {
-    each(|name, decoder, golden| {
+fn loss_and_gradients_are_those_of_peft(device: &Device) {
+    each(device, |name, decoder, golden| {
         let c = &decoder.config;
         let examples = golden.examples();
         let examples: Vec<&Example> = examples.iter().collect();
@@ -148,9 +158,8 @@ fn loss_and_gradients_are_those_of_peft() {
     });
 }
 
-#[test]
-fn decoding_with_the_cache_is_decoding_from_the_start() {
-    each(|name, decoder, golden| {
+fn decoding_with_the_cache_is_decoding_from_the_start(device: &Device) {
+    each(device, |name, decoder, golden| {
         let ids = golden.ids(0);
         let whole = logits(&decoder, &ids, None);
         let allowed = logits_tolerance(&decoder.config, ids.len());
@@ -169,9 +178,8 @@ fn decoding_with_the_cache_is_decoding_from_the_start() {
     });
 }
 
-#[test]
-fn a_left_padded_batch_is_its_sequences_one_by_one() {
-    each(|name, decoder, golden| {
+fn a_left_padded_batch_is_its_sequences_one_by_one(device: &Device) {
+    each(device, |name, decoder, golden| {
         let sequences: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
         let batch = Batch::new(&sequences, &decoder.device).unwrap();
         let together = batch_logits(&decoder, &batch);
@@ -185,9 +193,8 @@ fn a_left_padded_batch_is_its_sequences_one_by_one() {
 }
 
 /// Shared columns, padding behind them, windows that end before, inside and after both.
-#[test]
-fn a_beginning_read_once_changes_nothing_even_beside_padding() {
-    each(|name, decoder, golden| {
+fn a_beginning_read_once_changes_nothing_even_beside_padding(device: &Device) {
+    each(device, |name, decoder, golden| {
         for shared in [2, 6] {
             let beginning = &golden.ids(0)[..shared];
             let rests = [&golden.ids(1)[..], &golden.ids(1)[..2], &golden.ids(2)[..]];
@@ -220,9 +227,8 @@ fn a_beginning_read_once_changes_nothing_even_beside_padding() {
 }
 
 /// Windows, rotations, norms and caps are those of the first run when a block runs again, to the bit.
-#[test]
-fn checkpointing_runs_the_same_blocks_again() {
-    each(|name, decoder, golden| {
+fn checkpointing_runs_the_same_blocks_again(device: &Device) {
+    each(device, |name, decoder, golden| {
         let examples = golden.examples();
         let examples: Vec<&Example> = examples.iter().collect();
         let (adapter, vars) = adapter(&decoder);
@@ -238,9 +244,8 @@ fn checkpointing_runs_the_same_blocks_again() {
 }
 
 /// Capture and QLoRA on every family: rows are the residuals, and gradients through NF4 are the slopes of the loss.
-#[test]
-fn every_family_is_captured_and_finetuned_in_nf4() {
-    each(|name, decoder, golden| {
+fn every_family_is_captured_and_finetuned_in_nf4(device: &Device) {
+    each(device, |name, decoder, golden| {
         let prompts: Vec<Vec<u32>> = (0..SEQUENCES).map(|i| golden.ids(i)).collect();
         let captured = capture::last_prompt(&decoder, &prompts, None, |_| Ok(())).unwrap();
         for (i, ids) in prompts.iter().enumerate() {
@@ -252,7 +257,8 @@ fn every_family_is_captured_and_finetuned_in_nf4() {
             }
         }
 
-        let decoder = load(&path(&format!("families/{name}")), Storage::Nf4).unwrap();
+        let decoder =
+            model::load(&path(&format!("families/{name}")), &LoadOptions::new(Storage::Nf4, device)).unwrap();
         let examples = golden.examples();
         let examples: Vec<&Example> = examples.iter().collect();
         let (adapter, vars) = adapter(&decoder);
@@ -288,8 +294,7 @@ fn a_text_model_inside_a_multimodal_one_is_found() {
     let folder = path("families/gemma3");
     let golden = Golden::open("families/gemma3/golden.safetensors");
     let expected = logits(&load(&folder, Storage::None).unwrap(), &golden.ids(0), None);
-    let stored =
-        candle_core::safetensors::load(folder.join("model.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let stored = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
     let mut text = read_json(&folder.join("config.json"));
     // What transformers assumes may be left out.
     for key in ["hidden_activation", "model_type", "tie_word_embeddings"] {
@@ -300,7 +305,7 @@ fn a_text_model_inside_a_multimodal_one_is_found() {
         let nested = tempfile::tempdir().unwrap();
         let named = |name: &String| name.replacen("model.", prefix, 1);
         let mut tensors: Vec<(String, &Tensor)> = stored.iter().map(|(k, v)| (named(k), v)).collect();
-        let vision = Tensor::new(&[1f32], &candle_core::Device::Cpu).unwrap();
+        let vision = Tensor::new(&[1f32], &Device::Cpu).unwrap();
         for name in ["vision_tower.weight", "model.vision_tower.weight", "model.multi_modal_projector.weight"]
         {
             tensors.push((name.into(), &vision));

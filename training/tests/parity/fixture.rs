@@ -44,12 +44,45 @@ impl Golden {
 }
 
 pub fn load(folder: &Path, storage: Storage) -> anyhow::Result<Decoder> {
-    model::load(folder, &LoadOptions { storage, device: Device::Cpu })
+    model::load(folder, &LoadOptions::new(storage, &Device::Cpu))
 }
 
 pub fn tiny() -> Decoder {
-    load(&path("tiny"), Storage::None).unwrap()
+    tiny_on(&Device::Cpu)
 }
+
+pub fn tiny_on(device: &Device) -> Decoder {
+    model::load(&path("tiny"), &LoadOptions::new(Storage::None, device)).unwrap()
+}
+
+/// The first GPU; where there is none, that is said.
+#[cfg(feature = "cuda")]
+pub fn gpu() -> Option<Device> {
+    // The rest of the message is a backtrace.
+    let say = |e: candle_core::Error| e.to_string().lines().next().unwrap_or_default().to_owned();
+    Device::new_cuda(0).map_err(|e| crate::skipped::missing("a test on a GPU", &say(e))).ok()
+}
+
+/// Makes each body, a function of a device, a test on the CPU, and in a build with the feature `cuda` one on a GPU.
+macro_rules! on_every_device {
+    ($($body:ident),+ $(,)?) => {$(
+        mod $body {
+            #[test]
+            fn on_the_cpu() {
+                super::$body(&candle_core::Device::Cpu);
+            }
+
+            #[cfg(feature = "cuda")]
+            #[test]
+            fn on_a_gpu() {
+                if let Some(gpu) = crate::fixture::gpu() {
+                    super::$body(&gpu);
+                }
+            }
+        }
+    )+};
+}
+pub(crate) use on_every_device;
 
 /// The tiny model's folder with its tensors and configuration changed by `edit`, in f32.
 pub fn edited(edit: impl FnOnce(&mut BTreeMap<String, Tensor>, &mut serde_json::Value)) -> tempfile::TempDir {

@@ -10,6 +10,7 @@ mod finetuning;
 mod fixture;
 mod gguf;
 mod nf4;
+mod ops;
 mod optimizer;
 mod real;
 mod refusals;

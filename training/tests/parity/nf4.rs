@@ -8,6 +8,8 @@ use emaudit_train::model::Module;
 use emaudit_train::quant::{BLOCK, CODEBOOK, Frozen, Nf4, SCALE_BLOCK, Storage, dynamic_map};
 use emaudit_train::random::uniform;
 
+on_every_device!(gradients_pass_through_nf4_as_through_its_decoded_weight,);
+
 /// Bell-shaped values whose spread changes from block to block, as `make_fixtures.py` draws them.
 fn bell() -> Vec<f32> {
     let n = 320 * 64;
@@ -91,15 +93,14 @@ fn codes_and_scales_are_those_of_bitsandbytes() {
     }
 }
 
-#[test]
-fn gradients_pass_through_nf4_as_through_its_decoded_weight() {
+fn gradients_pass_through_nf4_as_through_its_decoded_weight(device: &Device) {
     let values: Vec<f32> = bell()[..96 * 64].to_vec();
-    let weight = Tensor::from_vec(values.clone(), (96, 64), &Device::Cpu).unwrap();
+    let weight = Tensor::from_vec(values.clone(), (96, 64), device).unwrap();
     let decoded = Nf4::quantize(&values, 96, 64).unwrap().dequantize();
-    let decoded = Tensor::from_vec(decoded, (96, 64), &Device::Cpu).unwrap();
-    let bias = Tensor::from_vec(bell()[..96].to_vec(), 96, &Device::Cpu).unwrap();
-    let x = Var::from_vec(bell()[6144..6144 + 5 * 64].to_vec(), (5, 64), &Device::Cpu).unwrap();
-    let weights = Tensor::from_vec(bell()[9000..9000 + 5 * 96].to_vec(), (5, 96), &Device::Cpu).unwrap();
+    let decoded = Tensor::from_vec(decoded, (96, 64), device).unwrap();
+    let bias = Tensor::from_vec(bell()[..96].to_vec(), 96, device).unwrap();
+    let x = Var::from_vec(bell()[6144..6144 + 5 * 64].to_vec(), (5, 64), device).unwrap();
+    let weights = Tensor::from_vec(bell()[9000..9000 + 5 * 96].to_vec(), (5, 96), device).unwrap();
     let objective = |y: &Tensor| (y.sqr().unwrap() * &weights).unwrap().sum_all().unwrap();
 
     let by_hand = x.matmul(&decoded.t().unwrap()).unwrap().broadcast_add(&bias).unwrap();

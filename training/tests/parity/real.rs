@@ -3,6 +3,7 @@
 use crate::fixture::{path, read_json, run};
 use crate::skipped::skipped;
 use emaudit_train::chat::Message;
+use emaudit_train::model::LoadOptions;
 use emaudit_train::quant::Storage;
 use emaudit_train::{base, store};
 use sha2::{Digest, Sha256};
@@ -109,7 +110,8 @@ fn same_tokens(model: &base::Base, golden: &serde_json::Value) {
 }
 
 fn compare(file: &Path, golden: &serde_json::Value) {
-    let model = base::load(file, "real", Storage::None, &candle_core::Device::Cpu).unwrap();
+    let model =
+        base::load(file, "real", &LoadOptions::new(Storage::None, &candle_core::Device::Cpu)).unwrap();
     same_tokens(&model, golden);
     let numbers = |v: &serde_json::Value| -> Vec<f64> { serde_json::from_value(v.clone()).unwrap() };
     let (mut worst_logit, mut worst_norm, mut compared) = (0f64, 0f64, 0);

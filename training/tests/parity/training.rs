@@ -2,7 +2,7 @@
 //! and early stop, and what is said when it fails.
 
 use crate::fixture::*;
-use candle_core::{D, Tensor, Var};
+use candle_core::{D, Device, Tensor, Var};
 use emaudit_train::finetune::optimizer::AdamW;
 use emaudit_train::finetune::{
     Checkpoint, Example, Gradients, Rows, StepLog, best, checkpointed_gradients, finetune, gradients,
@@ -15,6 +15,8 @@ use emaudit_train::random;
 use emaudit_train::recipe::{Finetune, Optimizer, Schedule};
 use std::cell::Cell;
 use std::time::Duration;
+
+on_every_device!(a_head_in_pieces_is_the_whole_head, dropout_is_that_of_peft,);
 
 fn recipe() -> Finetune {
     Finetune {
@@ -132,9 +134,8 @@ fn checkpointed_gradients_have_the_same_bits() {
 }
 
 /// More response tokens than the head takes at once.
-#[test]
-fn a_head_in_pieces_is_the_whole_head() {
-    let decoder = tiny();
+fn a_head_in_pieces_is_the_whole_head(device: &Device) {
+    let decoder = tiny_on(device);
     let examples: Vec<Example> = (0..5)
         .map(|i| Example { ids: (0..60).map(|t| (t * 7 + i) % 128).collect(), response: vec![true; 60] })
         .collect();
@@ -152,8 +153,7 @@ fn a_head_in_pieces_is_the_whole_head() {
 }
 
 /// Dropout against candle's own products and its own gradients.
-#[test]
-fn dropout_is_that_of_peft() {
+fn dropout_is_that_of_peft(device: &Device) {
     let (rows, width, rate) = (200, 64, 0.3);
     let dropout = Dropout::new(rate, &[1, 2, 3]);
     let factors = dropout.factors(rows, width);
@@ -167,14 +167,13 @@ fn dropout_is_that_of_peft() {
     assert!(different(&Dropout::new(rate, &[1, 2, 4])) && different(&Dropout::new(rate, &[2, 2, 3])));
 
     // One layer, one block: the loss is the sum of what the layer gives, weighted.
-    let decoder = tiny();
+    let decoder = tiny_on(device);
     let (adapter, vars) = active(&decoder, rate);
     let dropped = adapter.with_dropout(&[9]);
     let lora = dropped.block(1)[Module::Gate as usize].as_ref().unwrap();
     let values = |n: usize, seed: u64| -> Vec<f32> {
         (0..n).map(|i| random::uniform(&[seed, i as u64]) as f32 - 0.5).collect()
     };
-    let device = &decoder.device;
     let x = Var::from_vec(values(10 * 64, 1), (10, 64), device).unwrap();
     let weight = Tensor::from_vec(values(96 * 64, 2), (96, 64), device).unwrap();
     let dy = Tensor::from_vec(values(10 * 96, 3), (10, 96), device).unwrap();
