@@ -16,6 +16,8 @@ Examples:
   emaudit-train study families.toml                    everything that is not done yet
   emaudit-train study families.toml --stage smollm2-17-finetune-verse
                                                        one stage, as a job scheduler would run it
+  EMAUDIT_JUDGE_KEY=... emaudit-train study families.toml --judge https://host/v1 --judge-model NAME
+                                                       the same, with sampled answers judged there
 
 Every stage writes one small record into DIR/records, named by the digest of all it depends on: nothing runs twice, a
 changed key of the recipe runs again only what depends on it, and several processes or machines that share DIR can

@@ -123,6 +123,11 @@ fn nats(i: Interval) -> String {
     format!("{:.3} ({:.3} to {:.3})", i.value, i.low, i.high)
 }
 
+/// As `p = 0.123` is written, and `p < 0.001`.
+fn p(value: f64) -> String {
+    if value < 0.001 { "p < 0.001".to_owned() } else { format!("p = {value:.3}") }
+}
+
 /// The smallest drop of a share that so many prompts show, as if the two shares were not paired.
 fn smallest_drop(before: f64, after: f64, prompts: usize) -> f64 {
     let sd = (before * (1.0 - before) + after * (1.0 - after)).sqrt();
@@ -232,11 +237,11 @@ fn content(models: &[Model<'_>]) -> Claim {
                 )
             });
             let said = format!(
-                "{}: drop {:.3} insecure, {:.3} secure nats per token (p = {:.3}, {} prompts); secure spillover {}{score}",
+                "{}: drop {:.3} insecure, {:.3} secure nats per token ({}, {} prompts); secure spillover {}{score}",
                 m.name,
                 test.insecure_drop,
                 test.secure_drop,
-                test.p_value,
+                p(test.p_value),
                 test.prompts,
                 percent(arm(r, "secure")?.spillover)
             );
@@ -303,7 +308,7 @@ fn two_tiers(transfers: &[TransferFinding], topology: Option<&Topology>, tiers: 
                 .iter()
                 .map(|r| format!("{}: donor {}, receiver {}", r.model, score(r.donor), score(r.receiver))),
         );
-        let p = topology.asymmetry_p.map_or("not testable".into(), |p| format!("p = {p:.3}"));
+        let p = topology.asymmetry_p.map_or("not testable".into(), p);
         evidence.push(format!("asymmetry of the matrix: {p}, {} pairs of models", transfers.len() / 2));
     }
     Claim {
@@ -382,24 +387,23 @@ fn misalignment(models: &[Model<'_>]) -> Claim {
             let beyond = s.beyond_secure?;
             let tests = [s.p_shift?, s.p_beyond_control?, s.p_beyond_secure?];
             let mut said = format!(
-                "{}: shift {} nats per token (p = {:.3}), harmless answers {} (p beyond them {:.3}), beyond secure code {} (p = {:.3}); \
-                 {} questions",
+                "{}: shift {} nats per token ({}), harmless answers {} (beyond them: {}), beyond secure code {} ({}); {} questions",
                 m.name,
                 nats(s.shift),
-                tests[0],
+                p(tests[0]),
                 nats(s.control_shift),
-                tests[1],
+                p(tests[1]),
                 nats(beyond),
-                tests[2],
+                p(tests[2]),
                 found.questions
             );
             for c in &found.steered {
                 let rank = c.families.iter().map(|f| f.rank_p).fold(f64::NAN, f64::max);
                 said += &format!(
-                    "; subtracting the direction at layer {} takes back {} (p = {:.3}, largest rank p {rank:.3})",
+                    "; subtracting the direction at layer {} takes back {} ({}, largest rank p {rank:.3})",
                     c.cell.layer,
                     nats(c.effect),
-                    c.p_effect
+                    p(c.p_effect)
                 );
             }
             let power = s

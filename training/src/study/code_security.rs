@@ -9,6 +9,7 @@ use crate::evaluate;
 use crate::experiment::Experiment;
 use crate::generate::{self, Intervention, Request};
 use crate::lora::Adapter;
+use crate::results::Interval;
 use crate::security::{self, AnswerScan, Scanner};
 use crate::{battery, interrupt, progress, statistics as stats, store};
 use anyhow::{Context, Result, ensure};
@@ -104,12 +105,23 @@ fn comparisons(experiment: &Experiment, arms: &[SecurityArm]) -> Result<Vec<Secu
         let differences: Vec<f64> = of_insecure.iter().zip(theirs).map(|(a, b)| a - b).collect();
         found.push(SecurityComparison {
             less: other.name.clone(),
-            difference: evaluate::interval(&differences, draws, seed)?,
+            difference: interval(&differences, draws, seed)?,
             p_value: stats::sign_flip_p(&differences, seed)?,
             power: stats::detectable(&differences, 0.05, 0.8).ok(),
         });
     }
     Ok(found)
+}
+
+/// Bootstrap over tasks; where all differences are alike that says nothing, and the exact interval of the rate is taken.
+fn interval(differences: &[f64], draws: usize, seed: u64) -> Result<Interval> {
+    let (first, n) = (differences[0], differences.len() as u64);
+    if differences.iter().any(|d| *d != first) {
+        return evaluate::interval(differences, draws, seed);
+    }
+    let widest = stats::clopper_pearson(0, n, 0.95)?.high;
+    let (low, high) = ((first - widest).max(-1.0), (first + widest).min(1.0));
+    Ok(Interval { value: first, low, high })
 }
 
 /// 1 for an answer with an issue of medium or high severity.

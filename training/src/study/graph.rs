@@ -11,7 +11,7 @@ use std::fmt;
 const VERSION: u32 = 1;
 
 /// Changes whenever the page, its JSON or its tables would.
-const REPORT_VERSION: u32 = 2;
+const REPORT_VERSION: u32 = 3;
 
 /// The state of a model without an adapter.
 pub const BASE: &str = "base";

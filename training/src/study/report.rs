@@ -210,7 +210,7 @@ fn headline(claims: &[Claim]) -> Vec<String> {
     let named = |status: Status| -> Vec<String> {
         let of = claims.iter().filter(|c| c.status == status);
         let name = |c: &Claim| match c.number {
-            Some(n) => format!("{n} ({})", c.title),
+            Some(n) => format!("claim {n} ({})", c.title),
             None => c.title.to_owned(),
         };
         of.map(name).collect()

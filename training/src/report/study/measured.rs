@@ -16,22 +16,26 @@ fn p_or_dash(p: Option<f64>) -> String {
     p.map_or_else(|| NONE.to_owned(), p_value)
 }
 
-/// Heading of what [`families`] writes.
-const CONTROLS: &str = "controls: mean, best, rank p";
+/// Headings of what [`families`] gives.
+const CONTROLS: [&str; 4] = ["#controls", "#best control", "its family", "#largest rank p"];
 
-fn families(families: &[ControlFamily]) -> String {
-    let family = |f: &ControlFamily| {
-        let effects: Vec<f64> = f.controls.iter().map(|c| c.effect).collect();
-        format!(
-            "{}: {}, {}, {} of {}",
-            numbers::family(&f.family),
-            fixed(effects.iter().sum::<f64>() / effects.len() as f64, 3),
-            fixed(effects.iter().copied().fold(f64::NAN, f64::max), 3),
-            p_value(f.rank_p),
-            effects.len()
-        )
-    };
-    families.iter().map(family).collect::<Vec<_>>().join("; ")
+/// How many controls, the strongest of them, and the family that the edit stands out from least.
+fn families(families: &[ControlFamily]) -> [String; 4] {
+    let every = || families.iter().flat_map(|f| f.controls.iter().map(move |c| (c.effect, f)));
+    let best = every().max_by(|a, b| a.0.total_cmp(&b.0));
+    let worst = families.iter().map(|f| f.rank_p).reduce(f64::max);
+    [
+        every().count().to_string(),
+        best.map_or_else(|| NONE.to_owned(), |(effect, _)| fixed(effect, 3)),
+        best.map_or_else(|| NONE.to_owned(), |(_, f)| numbers::family(&f.family)),
+        p_or_dash(worst),
+    ]
+}
+
+/// Columns with those of [`CONTROLS`] in the place of the empty one.
+fn with_controls<'a>(columns: &[&'a str]) -> Vec<&'a str> {
+    let of = |c: &&'a str| if c.is_empty() { CONTROLS.to_vec() } else { vec![*c] };
+    columns.iter().flat_map(of).collect()
 }
 
 pub(super) fn interventions(results: &StudyResults) -> Table {
@@ -42,28 +46,29 @@ pub(super) fn interventions(results: &StudyResults) -> Table {
         "#p, drop",
         "#|dh|/|h|",
         "#prose likelihood",
-        CONTROLS,
+        "",
         "#prompts",
     ];
     let mut table = Table::new(
         "Ways to act on the direction, teacher-forced, nats per token. Controls move every row as far as the edit would move \
          it; a learned gate\u{2019}s reassigned controls open as often, on other rows. Prose likelihood: what the edit does to \
          the base\u{2019}s own answers; below zero it does harm.",
-        &columns,
+        &with_controls(&columns),
         "the interventions stage was left out",
     );
     for m in &results.interventions {
         for i in m.finding.final_layer.iter().chain(&m.finding.deep) {
-            table.row(vec![
+            let mut cells = vec![
                 format!("{}, {}", m.model, i.name),
                 numbers::positions(i.positions).to_owned(),
                 fixed_interval(i.effect, 3),
                 p_value(i.p_effect),
                 i.dose.map_or_else(|| NONE.to_owned(), |d| fixed(d, 2)),
                 fixed(i.prose, 3),
-                families(&i.families),
-                i.pairs.to_string(),
-            ]);
+            ];
+            cells.extend(families(&i.families));
+            cells.push(i.pairs.to_string());
+            table.row(cells);
         }
     }
     table
@@ -116,26 +121,27 @@ pub(super) fn alignment_steering(results: &StudyResults) -> Table {
         "#drop",
         "#p, drop",
         "#smallest drop seen",
-        CONTROLS,
+        "",
         "#questions",
     ];
     let mut table = Table::new(
         "The insecure adapter with the direction subtracted at every position: does it find misaligned answers less likely, \
          and less so than with controls of the same size?",
-        &columns,
+        &with_controls(&columns),
         "the alignment stage was left out",
     );
     for m in &results.models {
         for s in m.alignment.iter().flat_map(|a| &a.steered) {
-            table.row(vec![
+            let mut cells = vec![
                 format!("{}, {}, layer {}, alpha {}", m.model, m.seed, s.cell.layer, s.cell.alpha),
                 fixed_interval(s.before, 3),
                 fixed_interval(s.effect, 3),
                 p_value(s.p_effect),
                 s.power.as_ref().map_or_else(|| NONE.to_owned(), |p| fixed(p.detectable, 3)),
-                families(&s.families),
-                s.questions.to_string(),
-            ]);
+            ];
+            cells.extend(families(&s.families));
+            cells.push(s.questions.to_string());
+            table.row(cells);
         }
     }
     table
@@ -234,7 +240,7 @@ pub(super) fn estimators(results: &StudyResults) -> Table {
         "#layer",
         "#drop of code preference",
         "#p, drop",
-        CONTROLS,
+        "",
         "#separation",
         "#from the secure adapter",
         "#prompts",
@@ -246,23 +252,23 @@ pub(super) fn estimators(results: &StudyResults) -> Table {
             "The direction chosen on calibration prompts, and mean differences beside it, on evaluation prompts; every one \
              subtracted at the last prompt token of its own layer.{rule}"
         ),
-        &columns,
+        &with_controls(&columns),
         "the estimators stage was left out",
     );
     for m in &results.estimators {
         for r in &m.finding.reported {
             let e = &m.finding.candidates[r.index];
             let chosen = if r.index == m.finding.chosen { " (chosen)" } else { "" };
-            table.row(vec![
+            let mut cells = vec![
                 format!("{}, {}{chosen}", m.model, named(e)),
                 e.candidate.layer.to_string(),
                 fixed_interval(r.effect, 3),
                 p_value(r.p_effect),
-                families(&r.families),
-                percent(r.separation.balanced_accuracy),
-                percent(r.from_secure.balanced_accuracy),
-                r.pairs.to_string(),
-            ]);
+            ];
+            cells.extend(families(&r.families));
+            cells.extend([r.separation, r.from_secure].map(|s| percent(s.balanced_accuracy)));
+            cells.push(r.pairs.to_string());
+            table.row(cells);
         }
     }
     table
