@@ -14,7 +14,7 @@ use crate::extract::LayerDirection;
 use crate::fetch::{self, ModelFiles};
 use crate::generate::Sampling;
 use crate::model::LoadOptions;
-use crate::recipe::{Compute, Recipe};
+use crate::recipe::Recipe;
 use crate::results::Results;
 use crate::{progress, statistics as stats, store};
 use anyhow::{Context, Result, bail};
@@ -122,11 +122,16 @@ impl Experiment {
         &self.base
     }
 
-    /// What the numbers depend on: other devices and other products round elsewhere.
-    fn base_key(&self) -> (&str, &str, String, Option<Compute>) {
+    /// What the numbers depend on: other devices and other products round elsewhere. On the CPU it is written as it always
+    /// was, so that what was trained before is found again.
+    fn base_key(&self) -> (&str, &str, String, serde_json::Value) {
         let (identity, decoder) = (&self.base.identity, &self.base.decoder);
-        let gpu = (!self.device.is_cpu()).then_some(decoder.compute);
-        (&identity.weights_digest, &identity.quantization, format!("{:?}", decoder.config), gpu)
+        let device = if self.device.is_cpu() {
+            serde_json::Value::Bool(true)
+        } else {
+            serde_json::json!(decoder.compute)
+        };
+        (&identity.weights_digest, &identity.quantization, format!("{:?}", decoder.config), device)
     }
 
     fn prompt_ids(&self, prompts: &[&Prompt]) -> Result<PromptIds> {
