@@ -36,6 +36,8 @@ pub mod error;
 pub mod ffi;
 pub mod kernel;
 pub mod monitor;
+#[cfg(feature = "onnx")]
+pub mod onnx;
 pub mod probe;
 pub mod reload;
 pub mod steering;
