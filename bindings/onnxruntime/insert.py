@@ -6,9 +6,9 @@
     python insert.py probe  MODEL.onnx OUT.onnx --block 29 --directions directions.safetensors
     python insert.py steer  MODEL.onnx OUT.onnx --block 29 --directions directions.safetensors --subtract 1.0
 
-`expose` makes the rows themselves an output of the graph, `emaudit.resid_post.29`, for `emaudit audit --onnx`. `probe` adds the
-output `emaudit.scores`, float32 [batch, tokens]. `steer` edits the rows for all that reads them and adds the same output, of the
-rows before the edit; with `--strengths` the graph gets an input of that name, float32 [batch, tokens].
+`expose` makes the rows themselves an output of the graph, `emaudit.resid_post.29`. `probe` adds the
+output `emaudit.scores`, float32 [batch, tokens]. `steer` edits the rows for all that reads them and adds the same output, of the rows
+before the edit; with `--strengths` the graph gets an input of that name, float32 [batch, tokens].
 
 --block N takes the residual stream after decoder block N (0-based) in models of onnxruntime-genai's builder. There it is no tensor
 to begin with: block N + 1 (or the final norm) adds two inputs and normalises the sum in one node, SkipSimplifiedLayerNormalization.
