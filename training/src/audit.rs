@@ -5,7 +5,7 @@ use crate::dataset::{PromptSet, Split};
 use crate::generate::{self, Request, Sampling};
 use crate::likelihood::Dialogue;
 use crate::lora::Adapter;
-use crate::{calibrate, capture, chat::Message, interrupt, progress};
+use crate::{calibrate, capture, chat::Message, progress};
 use anyhow::{Result, bail, ensure};
 use emaudit::audit::{AuditReport, ControlBattery};
 use emaudit::directions::Directions;
@@ -84,28 +84,15 @@ pub fn read(
     if sampling.max_new_tokens > 0 && !finite.is_empty() {
         let request = |&i: &usize| Request { prompt: prompts[i].clone(), stream: i as u64, first: None };
         let requests: Vec<Request> = finite.iter().map(request).collect();
-        let mut stage = progress::Stage::new(format!("answers, {name}"), requests.len());
-        let answers = generate::generate(decoder, adapter, &requests, sampling, None, |n| {
-            stage.advance(n, "");
-            interrupt::check()
+        let answers = progress::watch(format!("answers, {name}"), requests.len(), |step| {
+            generate::generate(decoder, adapter, &requests, sampling, None, step)
         })?;
-        stage.finish("");
         let dialogue = |(request, answer): (Request, Vec<u32>)| Dialogue { prompt: request.prompt, answer };
         let dialogues: Vec<Dialogue> = requests.into_iter().zip(answers).map(dialogue).collect();
-        let mut stage = progress::Stage::new(format!("scores of answers, {name}"), dialogues.len());
         let probes = [(layer, probe.clone())];
-        let mut of_layer = calibrate::token_scores(
-            decoder,
-            adapter,
-            &dialogues,
-            sampling.max_new_tokens + 1,
-            &probes,
-            |n| {
-                stage.advance(n, "");
-                interrupt::check()
-            },
-        )?;
-        stage.finish("");
+        let mut of_layer = progress::watch(format!("scores of answers, {name}"), dialogues.len(), |step| {
+            calibrate::token_scores(decoder, adapter, &dialogues, sampling.max_new_tokens + 1, &probes, step)
+        })?;
         for (i, tokens) in finite.into_iter().zip(of_layer.swap_remove(0)) {
             scores[i] = tokens;
         }
@@ -121,12 +108,9 @@ pub fn first_rows(
     prompts: &[Vec<u32>],
     layer: usize,
 ) -> Result<Vec<f32>> {
-    let mut stage = progress::Stage::new(format!("residual rows, {name}"), prompts.len());
-    let mut captured = capture::last_prompt(&base.decoder, prompts, adapter, |n| {
-        stage.advance(n, "");
-        interrupt::check()
+    let mut captured = progress::watch(format!("residual rows, {name}"), prompts.len(), |step| {
+        capture::last_prompt(&base.decoder, prompts, adapter, step)
     })?;
-    stage.finish("");
     ensure!(layer < captured.layers.len(), "the model has no layer {layer}");
     Ok(captured.layers.swap_remove(layer))
 }

@@ -246,20 +246,16 @@ impl<'a> Evaluator<'a> {
         };
         let requests: Vec<_> = answerer.prompts.iter().enumerate().map(request).collect();
         let intervention = generate::Intervention { layer, steering, positions };
-        let mut stage = progress::Stage::new(format!("steered answers, layer {layer}"), requests.len());
-        let answers = generate::generate(
-            answerer.decoder,
-            answerer.adapter,
-            &requests,
-            answerer.sampling,
-            Some(&intervention),
-            |n| {
-                stage.advance(n, "");
-                interrupt::check()
-            },
-        )?;
-        stage.finish("");
-        Ok(answers)
+        progress::watch(format!("steered answers, layer {layer}"), requests.len(), |step| {
+            generate::generate(
+                answerer.decoder,
+                answerer.adapter,
+                &requests,
+                answerer.sampling,
+                Some(&intervention),
+                step,
+            )
+        })
     }
 
     /// Mean log-likelihood of the non-empty answers under the untouched base model.
@@ -277,13 +273,9 @@ impl<'a> Evaluator<'a> {
         if pairs.indices.len() < MIN_PAIRS {
             return Ok(None);
         }
-        let mut stage = progress::Stage::new(format!("code preference, {name}"), 2 * pairs.code.len());
-        let preference =
-            Preference::new(&self.inputs.base.decoder, adapter, &pairs.code, &pairs.prose, |n| {
-                stage.advance(n, "");
-                interrupt::check()
-            })?;
-        stage.finish("");
+        let preference = progress::watch(format!("code preference, {name}"), 2 * pairs.code.len(), |step| {
+            Preference::new(&self.inputs.base.decoder, adapter, &pairs.code, &pairs.prose, step)
+        })?;
         Ok(Some(preference))
     }
 

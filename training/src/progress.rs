@@ -2,6 +2,8 @@
 //!
 //! Everything goes to stderr, so that stdout stays for results.
 
+use crate::interrupt;
+use anyhow::Result;
 use std::borrow::Cow;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -92,6 +94,24 @@ impl Stage {
     pub fn done(&self) -> usize {
         self.done as usize
     }
+}
+
+/// Runs `work` as a stage of `total` steps. The function that it gets counts steps as done, and fails where the user asked
+/// to stop.
+///
+/// Errors: those of `work`.
+pub fn watch<T>(
+    name: impl Into<Cow<'static, str>>,
+    total: usize,
+    work: impl FnOnce(&mut dyn FnMut(usize) -> Result<()>) -> Result<T>,
+) -> Result<T> {
+    let mut stage = Stage::new(name, total);
+    let found = work(&mut |steps| {
+        stage.advance(steps, "");
+        interrupt::check()
+    })?;
+    stage.finish("");
+    Ok(found)
 }
 
 /// One line for the user, on stderr.

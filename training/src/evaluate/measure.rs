@@ -7,7 +7,7 @@ use crate::likelihood::{self, Dialogue};
 use crate::model::Decoder;
 use crate::preference::Preference;
 use crate::results::*;
-use crate::{interrupt, progress, spillover, statistics as stats, store};
+use crate::{progress, spillover, statistics as stats, store};
 use anyhow::Result;
 use emaudit::directions::schema::{Cell, ContentTest, Evidence, Positions, Specificity};
 use std::collections::BTreeMap;
@@ -38,12 +38,9 @@ impl<'a> CoherenceMeter<'a> {
         missing.sort();
         missing.dedup();
         if !missing.is_empty() {
-            let mut stage = progress::Stage::new("coherence under the base", missing.len());
-            let values = likelihood::mean_per_answer(self.decoder, None, &missing, |n| {
-                stage.advance(n, "");
-                interrupt::check()
+            let values = progress::watch("coherence under the base", missing.len(), |step| {
+                likelihood::mean_per_answer(self.decoder, None, &missing, step)
             })?;
-            stage.finish("");
             self.known.extend(missing.into_iter().zip(values));
             let list: Vec<_> = self.known.iter().map(|(d, v)| (&d.prompt, &d.answer, v)).collect();
             store::write_file(&self.file, &serde_json::to_vec(&list)?)?;

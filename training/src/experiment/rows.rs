@@ -5,7 +5,7 @@ use crate::answers::Answerer;
 use crate::capture::{self, Captured};
 use crate::evaluate::{self, States};
 use crate::extract::{self, LayerDirection};
-use crate::{calibrate, interrupt, progress, store};
+use crate::{calibrate, progress, store};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::PathBuf;
@@ -18,12 +18,9 @@ impl Experiment {
             return Captured::from_bytes(&bytes)
                 .with_context(|| format!("{} is damaged; delete it", file.display()));
         }
-        let mut stage = progress::Stage::new(format!("residual rows, {name}"), prompts.len());
-        let rows = capture::last_prompt(&self.base.decoder, prompts, adapter.map(|a| &a.adapter), |n| {
-            stage.advance(n, "");
-            interrupt::check()
+        let rows = progress::watch(format!("residual rows, {name}"), prompts.len(), |step| {
+            capture::last_prompt(&self.base.decoder, prompts, adapter.map(|a| &a.adapter), step)
         })?;
-        stage.finish("");
         store::write_file(&file, &rows.to_bytes()?)?;
         Ok(rows)
     }
@@ -140,12 +137,9 @@ impl Experiment {
         let sequences = evaluate::dialogues(calm, &answerer.answers(&firsts));
         let probe = |d: &LayerDirection| Ok((d.layer, calibrate::probe(d)?));
         let probes = directions.iter().map(probe).collect::<Result<Vec<_>>>()?;
-        let mut stage = progress::Stage::new("scores of calm sequences", sequences.len());
-        let scores = calibrate::token_scores(decoder, None, &sequences, tokens, &probes, |n| {
-            stage.advance(n, "");
-            interrupt::check()
+        let scores = progress::watch("scores of calm sequences", sequences.len(), |step| {
+            calibrate::token_scores(decoder, None, &sequences, tokens, &probes, step)
         })?;
-        stage.finish("");
         store::write_json(&file, &scores)?;
         Ok(scores)
     }

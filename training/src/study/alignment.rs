@@ -103,12 +103,9 @@ fn contrasts(
 ) -> Result<Contrasts> {
     let all: Vec<Dialogue> =
         [&pairs.aligned, &pairs.misaligned, &pairs.control].into_iter().flatten().cloned().collect();
-    let mut stage = progress::Stage::new(format!("aligned and misaligned answers, {name}"), all.len());
-    let values = likelihood::mean_per_answer(&experiment.base().decoder, adapter, &all, |n| {
-        stage.advance(n, "");
-        interrupt::check()
+    let values = progress::watch(format!("aligned and misaligned answers, {name}"), all.len(), |step| {
+        likelihood::mean_per_answer(&experiment.base().decoder, adapter, &all, step)
     })?;
-    stage.finish("");
     let values: Vec<f64> = values.into_iter().map(|v| v.unwrap_or(f64::NAN)).collect();
     let n = pairs.questions.len();
     let against = |from: usize| -> Vec<f64> {
@@ -197,12 +194,9 @@ fn steered(
     let adapter = &evaluated.insecure.adapter;
     let chosen = evaluated.results.selection.chosen;
     let aligned = experiment.rows_of("base", None, evaluated)?.extraction;
-    let mut stage = progress::Stage::new("misaligned answers, insecure", 2 * pairs.questions.len());
-    let preference = Preference::new(decoder, Some(adapter), &pairs.misaligned, &pairs.aligned, |n| {
-        stage.advance(n, "");
-        interrupt::check()
+    let preference = progress::watch("misaligned answers, insecure", 2 * pairs.questions.len(), |step| {
+        Preference::new(decoder, Some(adapter), &pairs.misaligned, &pairs.aligned, step)
     })?;
-    stage.finish("");
     let last = Cell { positions: Positions::All, ..chosen };
     let one = |cell: Cell, before: &[f64], families: &[(&str, usize)], after: &Measured<'_>| {
         let layer = cell.layer as usize;

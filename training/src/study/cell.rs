@@ -7,7 +7,7 @@ use crate::generate::Sampling;
 use crate::likelihood::Dialogue;
 use crate::preference::Preference;
 use crate::results::Interval;
-use crate::{battery, calibrate, interrupt, progress};
+use crate::{battery, calibrate, progress};
 use anyhow::{Context, Result, ensure};
 use emaudit::directions::schema::{Aggregation, Positions, Threshold};
 use emaudit::{Probe, Steering};
@@ -116,12 +116,9 @@ impl<'a> Cell<'a> {
     ) -> Result<Preference<'a>> {
         let (own, prose) = self.forced(own, indices);
         let decoder = &self.experiment.base().decoder;
-        let mut stage = progress::Stage::new(format!("preference, {name}"), 2 * own.len());
-        let preference = Preference::new(decoder, Some(&adapter.adapter), &own, &prose, |n| {
-            stage.advance(n, "");
-            interrupt::check()
+        let preference = progress::watch(format!("preference, {name}"), 2 * own.len(), |step| {
+            Preference::new(decoder, Some(&adapter.adapter), &own, &prose, step)
         })?;
-        stage.finish("");
         Ok(preference)
     }
 

@@ -11,7 +11,7 @@ use crate::generate::{self, Intervention, Request};
 use crate::lora::Adapter;
 use crate::results::Interval;
 use crate::security::{self, AnswerScan, Scanner};
-use crate::{battery, interrupt, progress, statistics as stats, store};
+use crate::{battery, progress, statistics as stats, store};
 use anyhow::{Context, Result, ensure};
 use emaudit::directions::schema::{Cell, Positions};
 use std::path::PathBuf;
@@ -61,13 +61,9 @@ pub(super) fn security(
             steering,
             positions: c.positions,
         });
-        let mut stage = progress::Stage::new(format!("answers to coding tasks, {name}"), requests.len());
-        let answers =
-            generate::generate(&base.decoder, adapter, &requests, &sampling, intervention.as_ref(), |n| {
-                stage.advance(n, "");
-                interrupt::check()
-            })?;
-        stage.finish("");
+        let answers = progress::watch(format!("answers to coding tasks, {name}"), requests.len(), |step| {
+            generate::generate(&base.decoder, adapter, &requests, &sampling, intervention.as_ref(), step)
+        })?;
         let texts = answers.iter().map(|a| base.text.decode(a, true)).collect::<Result<Vec<_>>>()?;
         let recipe = &experiment.recipe;
         let measured = security::measure(scanner, &texts, recipe.evaluate.bootstrap, recipe.seed)?;

@@ -66,13 +66,9 @@ pub(super) fn judged(
             steering: &steering,
             positions: c.positions,
         });
-        let mut stage = progress::Stage::new(format!("answers to the questions, {name}"), requests.len());
-        let answers =
-            generate::generate(&base.decoder, adapter, &requests, &sampling, intervention.as_ref(), |n| {
-                stage.advance(n, "");
-                interrupt::check()
-            })?;
-        stage.finish("");
+        let answers = progress::watch(format!("answers to the questions, {name}"), requests.len(), |step| {
+            generate::generate(&base.decoder, adapter, &requests, &sampling, intervention.as_ref(), step)
+        })?;
         let mut stage = progress::Stage::new(format!("judge, {name}"), answers.len());
         let mut judgements: Vec<Judgement> = Vec::new();
         for (i, answer) in answers.iter().enumerate() {

@@ -5,7 +5,7 @@ use crate::chat::Message;
 use crate::dataset;
 use crate::experiment::Experiment;
 use crate::generate::{self, Request};
-use crate::{interrupt, progress, store};
+use crate::{progress, store};
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 
@@ -32,12 +32,9 @@ pub(super) fn own_answers(experiment: &Experiment) -> Result<PathBuf> {
         .enumerate()
         .map(|(i, prompt)| Request { prompt, stream: i as u64, first: None })
         .collect();
-    let mut stage = progress::Stage::new("own answers, base", requests.len());
-    let answers = generate::generate(&base.decoder, None, &requests, &sampling, None, |n| {
-        stage.advance(n, "");
-        interrupt::check()
+    let answers = progress::watch("own answers, base", requests.len(), |step| {
+        generate::generate(&base.decoder, None, &requests, &sampling, None, step)
     })?;
-    stage.finish("");
     let mut lines = String::new();
     for (prompt, answer) in prompts.iter().zip(answers) {
         let answer = base.text.decode(&answer, true)?;
