@@ -17,8 +17,11 @@ const DRIFT_RATE: f64 = 0.01;
 
 /// Sequences of one state of a model: the residual row of each last prompt token, and the scores of each sequence's tokens.
 pub struct Sequences {
+    /// Token ids of each prompt, as the model read them.
+    pub prompts: Vec<Vec<u32>>,
     first_rows: Vec<f32>,
-    scores: Vec<Vec<f32>>,
+    /// In aligned standard deviations, the last prompt token first; NaN where there is none.
+    pub scores: Vec<Vec<f32>>,
 }
 
 impl Sequences {
@@ -97,7 +100,7 @@ pub fn read(
             scores[i] = tokens;
         }
     }
-    Ok(Sequences { first_rows, scores })
+    Ok(Sequences { prompts: prompts.to_vec(), first_rows, scores })
 }
 
 /// Residual rows of the last prompt tokens at one layer: `prompts x hidden`.

@@ -151,7 +151,7 @@ impl AuditArgs {
         let suspect = questions.ask(&base, adapter.as_ref(), "suspect", &probe, self.horizon)?;
         let report = audit::judge(&probe, options, &suspect, calm.as_ref())?;
         let exact = fit == IdentityMatch::Exact && adapter.is_none();
-        self.tell(&directions, &base.identity, exact, &questions, &report)?;
+        self.tell(&directions, &base.identity, exact, &questions, (&suspect, &report))?;
         Ok(report.verdict.exit_status())
     }
 
@@ -178,7 +178,7 @@ impl AuditArgs {
         model: &ModelIdentity,
         exact: bool,
         questions: &Questions,
-        report: &AuditReport,
+        (suspect, report): (&Sequences, &AuditReport),
     ) -> Result<()> {
         let weights = self.adapter.as_ref().map(|folder| folder.join("adapter_model.safetensors"));
         let adapter = weights.map(|path| store::sha256_files(&[path])).transpose()?;
@@ -191,6 +191,9 @@ impl AuditArgs {
             object["match"] = fit.into();
             object["adapter"] = json!(adapter);
             object["prompts"] = json!({"name": name, "sha256": sha256, "count": texts.len()});
+            let sequences = texts.iter().zip(&suspect.prompts).zip(&suspect.scores);
+            let sequence = |((prompt, ids), scores)| json!({"prompt": prompt, "ids": ids, "scores": scores});
+            object["sequences"] = sequences.map(sequence).collect();
             let (e, seed) = (&recipe.evaluate, recipe.seed);
             object["sampling"] = match self.horizon {
                 1 => Value::Null,
