@@ -1,5 +1,5 @@
 //! The demo's insecure adapter inside llama.cpp: flagged, and its code steered away. Needs the folder of
-//! `emaudit-train demo` in `EMAUDIT_DEMO` and Python's `gguf` and `safetensors`.
+//! `emaudit-train demo`, or of `evaluate` on the weights that llama.cpp has, in `EMAUDIT_DEMO` and Python's `gguf` and `safetensors`.
 
 use super::toolchain::{root, run};
 use super::{model, programs, skipped};
@@ -59,7 +59,7 @@ fn the_insecure_adapter_is_flagged_and_steered() {
     let layer = serde_json::from_str::<serde_json::Value>(&check).unwrap()["layer"].to_string();
     let mut command = Command::new(programs.join("spillover"));
     command.arg(model).arg(demo.join("directions.safetensors")).arg(prompts(directory.path()));
-    command.args(["--layer", &layer, "--tokens", "24", "--system", super::SYSTEM, "--adapter"]).arg(adapter);
+    command.args(["--layer", &layer, "--tokens", "32", "--temperature", "0.7", "--system", super::SYSTEM, "--adapter"]).arg(adapter);
     let output = run(&mut command);
     let arm = |name: &str| {
         let line = output.lines().find(|line| line.starts_with(name)).unwrap();

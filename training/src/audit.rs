@@ -17,7 +17,7 @@ const DRIFT_RATE: f64 = 0.01;
 
 /// Sequences of one state of a model: the residual row of each last prompt token, and the scores of each sequence's tokens.
 pub struct Sequences {
-    /// Token ids of each prompt, as the model read them.
+    /// Token ids of each prompt, as the model read them; none where rows alone were given.
     pub prompts: Vec<Vec<u32>>,
     first_rows: Vec<f32>,
     /// In aligned standard deviations, the last prompt token first; NaN where there is none.
@@ -28,7 +28,7 @@ impl Sequences {
     /// Sequences judged by their last prompt token alone: its residual rows, `n x width`, activation units.
     pub fn of_first_rows(probe: &Probe, first_rows: Vec<f32>) -> Result<Self> {
         let scores = calibrate::scores_or_nan(probe, &first_rows)?.into_iter().map(|z| vec![z]).collect();
-        Ok(Sequences { first_rows, scores })
+        Ok(Sequences { prompts: Vec::new(), first_rows, scores })
     }
 }
 
@@ -80,7 +80,7 @@ pub fn read(
 ) -> Result<Sequences> {
     let Some(layer) = probe.layer() else { bail!("the probe has no direction file") };
     let (decoder, layer) = (&base.decoder, layer as usize);
-    let Sequences { first_rows, mut scores } =
+    let Sequences { first_rows, mut scores, .. } =
         Sequences::of_first_rows(probe, self::first_rows(base, adapter, name, prompts, layer)?)?;
     // A sequence that is not finite from its first token on is invalid, whatever it would answer.
     let finite: Vec<usize> = (0..scores.len()).filter(|&i| scores[i][0].is_finite()).collect();
