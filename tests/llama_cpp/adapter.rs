@@ -59,7 +59,19 @@ fn the_insecure_adapter_is_flagged_and_steered() {
     let layer = serde_json::from_str::<serde_json::Value>(&check).unwrap()["layer"].to_string();
     let mut command = Command::new(programs.join("spillover"));
     command.arg(model).arg(demo.join("directions.safetensors")).arg(prompts(directory.path()));
-    command.args(["--layer", &layer, "--tokens", "32", "--temperature", "0.7", "--system", super::SYSTEM, "--adapter"]).arg(adapter);
+    command
+        .args([
+            "--layer",
+            &layer,
+            "--tokens",
+            "32",
+            "--temperature",
+            "0.7",
+            "--system",
+            super::SYSTEM,
+            "--adapter",
+        ])
+        .arg(adapter);
     let output = run(&mut command);
     let arm = |name: &str| {
         let line = output.lines().find(|line| line.starts_with(name)).unwrap();
