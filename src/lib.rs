@@ -37,6 +37,8 @@ pub mod ffi;
 pub mod kernel;
 pub mod log;
 pub mod monitor;
+#[cfg(feature = "onnx")]
+pub mod onnx;
 pub mod probe;
 pub mod reload;
 pub mod steering;

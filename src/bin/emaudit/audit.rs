@@ -1,4 +1,7 @@
-//! `emaudit audit`: saved activations of many sequences to one verdict on a model.
+//! `emaudit audit`: saved activations of many sequences, or a model behind ONNX Runtime, to one verdict on the model.
+
+#[cfg(feature = "onnx")]
+mod onnx;
 
 use crate::arrays::{Array, Layout, Values, integers, layout};
 use crate::output::{Answer, finish};
@@ -22,11 +25,16 @@ use std::sync::Arc;
 #[command(after_help = HELP)]
 pub struct Audit {
     /// The direction file of the base model.
-    file: PathBuf,
+    #[arg(required_unless_present = "directions")]
+    file: Option<PathBuf>,
+    /// The same, by name.
+    #[arg(long, value_name = "FILE", conflicts_with = "file")]
+    directions: Option<PathBuf>,
     /// Rows of the residual stream of the suspect: .npy (float32, float16) or safetensors (F32, F16, BF16), of shape
     /// [sequences, width], the last prompt token of each, or [sequences, tokens, width], that token first.
-    #[arg(long, value_name = "FILE")]
-    activations: PathBuf,
+    #[cfg_attr(feature = "onnx", arg(long, value_name = "FILE", required_unless_present = "onnx"))]
+    #[cfg_attr(not(feature = "onnx"), arg(long, value_name = "FILE", required = true))]
+    activations: Option<PathBuf>,
     /// The tensor, where a safetensors file has several.
     #[arg(long, value_name = "NAME")]
     tensor: Option<String>,
@@ -63,6 +71,9 @@ pub struct Audit {
     /// Clean only where the share of flagged sequences lies below this with 95 % confidence.
     #[arg(long, value_name = "SHARE", default_value_t = 0.1)]
     concern: f64,
+    #[cfg(feature = "onnx")]
+    #[command(flatten)]
+    onnx: onnx::Onnx,
     #[command(flatten)]
     trust: Trust,
     /// Print one JSON object on standard output, good or bad.
@@ -90,6 +101,12 @@ Examples:
   if emaudit audit base.directions.safetensors --activations suspect.npy; then deploy; fi
       deploys what is clean, and nothing else
 
+With the feature `onnx` (`cargo build -p emaudit --features onnx`):
+  emaudit audit --directions base.directions.safetensors --onnx exposed.onnx --tokenizer tokenizer.json --prompts p.jsonl \\
+    --template '<|im_start|>user\\n{prompt}<|im_end|>\\n<|im_start|>assistant\\n'
+      runs the model itself; `python bindings/onnxruntime/insert.py expose` puts the rows among its outputs. The template is all that
+      the model's chat format puts around a prompt, a system message that it adds by itself included
+
 Use prompts that the directions were not made with, one sequence each; 100 or more are a good number. `detectable` (power)
 says what so many can show. Clean speaks of this direction alone and is no proof of alignment.
 
@@ -112,14 +129,16 @@ impl Audit {
     }
 
     fn answer(&self) -> Result<Answer> {
-        let directions = Arc::new(Directions::open(&self.file, &self.trust.open_options()?)?);
+        let file = self.file.as_ref().or(self.directions.as_ref());
+        let file = file.ok_or_else(|| Error::InvalidArgument("give a direction file".into()))?;
+        let directions = Arc::new(Directions::open(file, &self.trust.open_options()?)?);
         let layer = self.layer(&directions)?;
         let probe = Probe::new(directions.clone(), layer)?;
+        let mut suspect = self.suspect(&directions, layer, &probe)?;
         let statistic: Aggregation = self.statistic.into();
-        let suspect = Sequences::open(self, &self.activations, self.tensor.as_deref(), &probe)?;
         let horizon = match self.horizon {
             Some(horizon) => horizon,
-            None => longest_horizon(&directions, layer, statistic, suspect.tokens)?,
+            None => longest_horizon(&directions, layer, statistic, suspect.tokens())?,
         };
         let options = AuditOptions {
             rate: self.rate,
@@ -128,7 +147,6 @@ impl Audit {
             ..AuditOptions::new(statistic, horizon)
         };
         let mut audit = emaudit::Audit::new(&probe, options)?;
-        let lengths = self.lengths(&suspect)?;
         let mut controls = ControlBattery::new(&probe);
         let drift = match &self.reference {
             None => None,
@@ -139,12 +157,11 @@ impl Audit {
                 Some(drift)
             }
         };
-        suspect.each(|i, sequence| {
-            let length = lengths.as_ref().map_or(sequence.tokens, |lengths| lengths[i] as usize);
-            if let (Ok(battery), Some(_), 1..) = (&mut controls, &drift, length) {
-                battery.push_suspect(&sequence.first(1)?)?;
+        suspect.each(&probe, horizon as usize, |first, rows| {
+            if let (Ok(battery), Some(_), Some(row)) = (&mut controls, &drift, first) {
+                battery.push_suspect(row)?;
             }
-            audit.push(&scores(&probe, &sequence.first(length.min(horizon as usize))?)?);
+            audit.push(&scores(&probe, rows)?);
             Ok(())
         })?;
         let mut report = AuditReport::new(&probe, audit.verdict());
@@ -153,6 +170,19 @@ impl Audit {
             report.compare(controls.and_then(|battery| battery.ranks()));
         }
         Ok(self.told(&directions, &probe, &report))
+    }
+
+    #[cfg_attr(not(feature = "onnx"), allow(unused_variables))]
+    fn suspect(&self, directions: &Directions, layer: u32, probe: &Probe) -> Result<Suspect> {
+        #[cfg(feature = "onnx")]
+        if let Some(suspect) = self.onnx.suspect(directions, layer)? {
+            return Ok(Suspect::Onnx(suspect));
+        }
+        let path = self.activations.as_ref();
+        let path = path.ok_or_else(|| Error::InvalidArgument("give --activations".into()))?;
+        let sequences = Sequences::open(self, path, self.tensor.as_deref(), probe)?;
+        let lengths = self.lengths(&sequences, path)?;
+        Ok(Suspect::Saved(sequences, lengths))
     }
 
     fn told(&self, directions: &Directions, probe: &Probe, report: &AuditReport) -> Answer {
@@ -180,11 +210,11 @@ impl Audit {
     }
 
     /// Tokens of every sequence, where they differ.
-    fn lengths(&self, suspect: &Sequences) -> Result<Option<Vec<u64>>> {
+    fn lengths(&self, suspect: &Sequences, activations: &Path) -> Result<Option<Vec<u64>>> {
         let Some(source) = &self.lengths else { return Ok(None) };
         let (path, tensor) = match source.ends_with(".npy") {
             true => (Path::new(source), None),
-            false => (self.activations.as_path(), Some(source.as_str())),
+            false => (activations, Some(source.as_str())),
         };
         let lengths = integers(path, tensor, suspect.layout.rows)?;
         match lengths.iter().position(|n| *n > suspect.tokens as u64) {
@@ -212,7 +242,7 @@ fn longest_horizon(
 }
 
 /// The drift of the calm sequences, all of them in one window; their first rows go to the battery as well.
-fn reference(calm: Sequences, probe: &Probe, mut battery: Option<&mut ControlBattery>) -> Result<Drift> {
+fn reference(mut calm: Sequences, probe: &Probe, mut battery: Option<&mut ControlBattery>) -> Result<Drift> {
     let window = u32::try_from(calm.layout.rows).unwrap_or(u32::MAX);
     let mut drift = Drift::new(probe, window, DRIFT_RATE)?;
     calm.each(|_, sequence| {
@@ -233,6 +263,44 @@ fn scores(probe: &Probe, rows: &Rows<'_>) -> Result<Vec<f32>> {
         // The audit counts such a sequence as invalid.
         Ok(()) | Err(Error::NonFinite { .. }) => Ok(scores),
         Err(error) => Err(error),
+    }
+}
+
+/// Where the rows of the suspect come from.
+enum Suspect {
+    /// With the tokens of each sequence, where they differ.
+    Saved(Sequences, Option<Vec<u64>>),
+    #[cfg(feature = "onnx")]
+    Onnx(onnx::Suspect),
+}
+
+impl Suspect {
+    /// Tokens of each sequence, at most.
+    fn tokens(&self) -> usize {
+        match self {
+            Suspect::Saved(sequences, _) => sequences.tokens,
+            #[cfg(feature = "onnx")]
+            Suspect::Onnx(_) => 1,
+        }
+    }
+
+    /// Hands over of every sequence its first row, where it has one, and its rows up to the horizon.
+    #[cfg_attr(not(feature = "onnx"), allow(unused_variables))]
+    fn each(
+        &mut self,
+        probe: &Probe,
+        horizon: usize,
+        mut take: impl FnMut(Option<&Rows<'_>>, &Rows<'_>) -> Result<()>,
+    ) -> Result<()> {
+        match self {
+            Suspect::Saved(sequences, lengths) => sequences.each(|i, sequence| {
+                let length = lengths.as_ref().map_or(sequence.tokens, |lengths| lengths[i] as usize);
+                let first = (length > 0).then(|| sequence.first(1)).transpose()?;
+                take(first.as_ref(), &sequence.first(length.min(horizon))?)
+            }),
+            #[cfg(feature = "onnx")]
+            Suspect::Onnx(suspect) => suspect.each(probe, |row| take(Some(row), row)),
+        }
     }
 }
 
@@ -288,7 +356,7 @@ impl Sequences {
     }
 
     /// Hands over every sequence with its number, in order.
-    fn each(mut self, mut take: impl FnMut(usize, Sequence<'_>) -> Result<()>) -> Result<()> {
+    fn each(&mut self, mut take: impl FnMut(usize, Sequence<'_>) -> Result<()>) -> Result<()> {
         let Layout { rows, width, stride, offset } = self.layout;
         let block = (BLOCK / (stride.max(1) * self.array.dtype().size())).max(1);
         for begin in (0..rows).step_by(block) {

@@ -28,7 +28,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Verify(verify::Verify),
     Score(score::Score),
-    Audit(audit::Audit),
+    Audit(Box<audit::Audit>),
     Diff(diff::Diff),
     Bench(bench::Bench),
     Convert(convert::Convert),
