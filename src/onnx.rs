@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use half::{bf16, f16};
 use ort::environment::Environment;
 use ort::session::{OutputSelector, RunOptions, Session, SessionInputValue};
-use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, Tensor, TensorElementType};
+use ort::value::{DynValue, Outlet, PrimitiveTensorElementType, Tensor, TensorElementType, ValueType};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -31,8 +31,29 @@ pub struct Model {
     session: Session,
     path: PathBuf,
     output: String,
-    /// Heads and elements of a head of the cache, as onnxruntime-genai's `genai_config.json` beside the model states them.
-    heads: Option<[i64; 2]>,
+    cache: CacheSize,
+}
+
+/// What `genai_config.json` beside the model says of its cache; the builder leaves such sizes out of the graph.
+#[derive(Debug, Default)]
+struct CacheSize {
+    heads: Option<i64>,
+    head_size: Option<i64>,
+}
+
+impl CacheSize {
+    /// Nothing where there is no such file.
+    fn beside(model: &Path) -> Result<CacheSize> {
+        let path = model.with_file_name("genai_config.json");
+        let text = match std::fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(CacheSize::default()),
+            text => text.map_err(|source| Error::Io { action: "read", path: path.clone(), source })?,
+        };
+        let config: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|error| Error::InvalidArgument(format!("{}: {error}", path.display())))?;
+        let number = |name: &str| config["model"]["decoder"][name].as_i64().filter(|size| *size > 0);
+        Ok(CacheSize { heads: number("num_key_value_heads"), head_size: number("head_size") })
+    }
 }
 
 /// The runtime, loaded once per process. A library that is missing or too old is the error that it was the first time.
@@ -57,8 +78,6 @@ fn runtime() -> Result<&'static Environment> {
 impl Model {
     /// Opens a model; `output` is the name of the output that holds the rows, `[batch, tokens, width]` in f32, f16 or bf16.
     ///
-    /// A cache whose size the graph leaves open has that of `genai_config.json` in the model's folder.
-    ///
     /// Errors: [`Error::Io`] where the runtime or the model cannot be loaded; [`Error::InvalidArgument`] for a model without that
     /// output (it says which there are), or with inputs that no prompt can fill.
     pub fn open(path: impl AsRef<Path>, output: &str) -> Result<Model> {
@@ -67,8 +86,8 @@ impl Model {
         let environment = runtime()?;
         let mut builder = Session::builder(environment).map_err(failed)?;
         let session = builder.commit_from_file(&path).map_err(failed)?;
-        let heads = heads_beside(&path);
-        let model = Model { session, path, output: output.to_owned(), heads };
+        let cache = CacheSize::beside(&path)?;
+        let model = Model { session, path, output: output.to_owned(), cache };
         let names: Vec<&str> = model.session.outputs().iter().map(|outlet| outlet.name()).collect();
         if !names.contains(&output) {
             let shown: Vec<&str> = names.into_iter().filter(|name| !name.starts_with("present")).collect();
@@ -125,7 +144,7 @@ impl Model {
                 "input_ids" => numbers(ids.iter().map(|id| i64::from(*id)).collect()),
                 "attention_mask" => numbers(vec![1; ids.len()]),
                 "position_ids" => numbers((0..count).collect()),
-                name if is_cache(name) => self.empty_cache(outlet)?,
+                name if is_cache(name) => empty_cache(outlet.dtype(), self.cache_shape(outlet)?),
                 name => {
                     return Err(self.refuse(format_args!(
                         "its input `{name}` is not one that a prompt fills (input_ids, attention_mask, position_ids, past_key_values.*)"
@@ -138,32 +157,26 @@ impl Model {
         self.session.inputs().iter().map(filled).collect()
     }
 
-    /// A cache of no token: `[1, heads, 0, size]`.
-    fn empty_cache(&self, of: &Outlet) -> Result<ort::Result<DynValue>> {
-        let stated = of.dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
+    /// `[1, heads, 0, size]`.
+    fn cache_shape(&self, outlet: &Outlet) -> Result<[i64; 4]> {
+        let stated = outlet.dtype().tensor_shape().map(|shape| shape.to_vec()).unwrap_or_default();
         let [_, heads, _, size] = stated[..] else {
-            return Err(self.refuse(format_args!("its cache `{}` has not four dimensions", of.name())));
+            let name = outlet.name();
+            return Err(
+                self.refuse(format_args!("its cache `{name}` has the shape {stated:?}, not four dimensions"))
+            );
         };
-        let known = |stated: i64, index: usize| match stated {
-            0.. => Some(stated),
-            _ => self.heads.map(|sizes| sizes[index]).filter(|size| *size > 0),
+        let known = |stated: i64, config: Option<i64>, name: &str| {
+            match (stated, config) {
+            (1.., _) => Ok(stated),
+            (_, Some(size)) => Ok(size),
+            (_, None) => Err(self.refuse(format_args!(
+                "the graph leaves the size of its cache open, and no genai_config.json beside it states {name}; put the builder's file there"
+            ))),
+        }
         };
-        let (Some(heads), Some(size)) = (known(heads, 0), known(size, 1)) else {
-            return Err(self.refuse(format_args!(
-                "its cache `{}` has a size that the graph leaves open, and no genai_config.json beside the model states it",
-                of.name()
-            )));
-        };
-        let shape = [1, heads, 0, size];
-        Ok(match of.dtype().tensor_type() {
-            Some(TensorElementType::Float16) => {
-                Tensor::from_array((shape, Vec::<f16>::new())).map(Tensor::into_dyn)
-            }
-            Some(TensorElementType::Bfloat16) => {
-                Tensor::from_array((shape, Vec::<bf16>::new())).map(Tensor::into_dyn)
-            }
-            _ => Tensor::from_array((shape, Vec::<f32>::new())).map(Tensor::into_dyn),
-        })
+        let heads = known(heads, self.cache.heads, "num_key_value_heads")?;
+        Ok([1, heads, 0, known(size, self.cache.head_size, "head_size")?])
     }
 
     fn refuse(&self, reason: impl std::fmt::Display) -> Error {
@@ -175,12 +188,13 @@ fn is_cache(name: &str) -> bool {
     name.starts_with("past_key_values.")
 }
 
-/// The sizes of a cache in `genai_config.json`, where there is one.
-fn heads_beside(model: &Path) -> Option<[i64; 2]> {
-    let text = std::fs::read(model.with_file_name("genai_config.json")).ok()?;
-    let config: serde_json::Value = serde_json::from_slice(&text).ok()?;
-    let decoder = &config["model"]["decoder"];
-    Some([decoder["num_key_value_heads"].as_i64()?, decoder["head_size"].as_i64()?])
+/// A cache without a token in it.
+fn empty_cache(of: &ValueType, shape: [i64; 4]) -> ort::Result<DynValue> {
+    Ok(match of.tensor_type() {
+        Some(TensorElementType::Float16) => Tensor::from_array((shape, Vec::<f16>::new()))?.into_dyn(),
+        Some(TensorElementType::Bfloat16) => Tensor::from_array((shape, Vec::<bf16>::new()))?.into_dyn(),
+        _ => Tensor::from_array((shape, Vec::<f32>::new()))?.into_dyn(),
+    })
 }
 
 fn last<T: Element + PrimitiveTensorElementType, R>(

@@ -29,7 +29,7 @@ RUNTIME = next((pathlib.Path(onnxruntime.__file__).parent / "capi").glob("libonn
 WORDS = ["[UNK]", "calm", "alarm", "broken", "user"]
 
 
-def write_model(path, rows, element=TensorProto.FLOAT, output="emaudit.resid_post.1", layers=4, more=(), head=8):
+def write_model(path, rows, element=TensorProto.FLOAT, output="emaudit.resid_post.1", layers=4, more=(), cache=(1, 8)):
     table = helper.make_tensor("table", TensorProto.FLOAT, rows.shape, rows.ravel().tolist())
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["gathered"]),
@@ -37,7 +37,7 @@ def write_model(path, rows, element=TensorProto.FLOAT, output="emaudit.resid_pos
     ]
     number = lambda name: helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "s"])
     caches = [
-        helper.make_tensor_value_info(f"past_key_values.{i}.{side}", element, ["b", 1, "p", head])
+        helper.make_tensor_value_info(f"past_key_values.{i}.{side}", element, ["b", cache[0], "p", cache[1]])
         for i in range(layers) for side in ("key", "value")
     ]
     inputs = [number("input_ids"), number("attention_mask"), *map(number, more), *caches]
@@ -93,20 +93,29 @@ def test_verdicts_of_a_model(made, element):
     assert done.returncode == 2 and "clean needs at least" in done.stdout
 
 
-def test_a_cache_whose_size_is_left_open(made):
-    folder, rows = made
-    write_model(folder / "m.onnx", rows, head="head_size")
-    done = audit(folder, ["calm"] * 60)
-    assert done.returncode == 3 and "no genai_config.json" in " ".join(done.stderr.split()), done
-    decoder = {"num_key_value_heads": 1, "head_size": 8}
-    (folder / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
-    assert audit(folder, ["calm"] * 60).returncode == 0
-
-
 def test_a_row_that_is_not_finite_is_never_clean(made):
     folder, _ = made
     done = audit(folder, ["calm"] * 60 + ["broken"])
     assert done.returncode == 2 and "1 sequence(s) could not be scored" in done.stdout
+
+
+def test_sizes_that_the_graph_leaves_open_are_those_of_the_configuration_beside_it(made):
+    folder, rows = made
+    write_model(folder / "m.onnx", rows, cache=("heads", "size"))
+    config = folder / "genai_config.json"
+    refusals = [
+        (None, "no genai_config.json beside it states num_key_value_heads"),
+        ({"num_key_value_heads": 1}, "no genai_config.json beside it states head_size"),
+        ({"num_key_value_heads": 0, "head_size": 8}, "states num_key_value_heads"),
+        ("{", "genai_config.json: "),
+    ]
+    for decoder, sentence in refusals:
+        if decoder is not None:
+            config.write_text(decoder if decoder == "{" else json.dumps({"model": {"decoder": decoder}}))
+        done = audit(folder, ["calm"] * 60)
+        assert done.returncode == 3 and sentence in " ".join(done.stderr.split()), done
+    config.write_text(json.dumps({"model": {"decoder": {"num_key_value_heads": 1, "head_size": 8}}}))
+    assert audit(folder, ["calm"] * 60).returncode == 0
 
 
 def test_what_is_missing_or_does_not_fit_is_a_sentence(made, tmp_path):

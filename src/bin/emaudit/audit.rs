@@ -104,7 +104,8 @@ Examples:
 With the feature `onnx` (`cargo build -p emaudit --features onnx`):
   emaudit audit --directions base.directions.safetensors --onnx exposed.onnx --tokenizer tokenizer.json --prompts p.jsonl \\
     --template '<|im_start|>user\\n{prompt}<|im_end|>\\n<|im_start|>assistant\\n'
-      runs the model itself; `python bindings/onnxruntime/insert.py expose` puts the rows among its outputs
+      runs the model itself; `python bindings/onnxruntime/insert.py expose` puts the rows among its outputs. The template is all that
+      the model's chat format puts around a prompt, a system message that it adds by itself included
 
 Use prompts that the directions were not made with, one sequence each; 100 or more are a good number. `detectable` (power)
 says what so many can show. Clean speaks of this direction alone and is no proof of alignment.
