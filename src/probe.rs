@@ -277,7 +277,7 @@ impl Probe {
         let raw = f64::from(dot) - self.inner.offset;
         // Without calibration nobody sees z: `check_unit` and `Steering::new` have refused.
         let projection = Projection { dot, raw, z: (raw / self.inner.sigma.unwrap_or(1.0)) as f32 };
-        let finite = projection.z.is_finite() && (raw as f32).is_finite();
+        let finite = projection.z.is_finite() & (raw as f32).is_finite();
         finite.then_some(projection)
     }
 
@@ -389,6 +389,13 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
 ) -> usize {
     let kernel = probes[0].as_ref().inner.kernel;
     let (count, mut nonfinite) = (rows.rows(), 0);
+    if count == 1 {
+        let finite = score_row::<T, P>(kernel, probes, rows.row(0), unit, scores);
+        if let Some(status) = status {
+            status[0] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };
+        }
+        return usize::from(!finite);
+    }
     let row = |i: usize| if i < count { rows.row::<T>(i) } else { &[] };
     for first in (0..count).step_by(Kernel::ROWS) {
         let (mut block, mut next, mut finite) =
@@ -421,6 +428,28 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
         }
     }
     nonfinite
+}
+
+/// One row with every probe; whether all scores are finite.
+fn score_row<T: Scored, P: AsRef<Probe>>(
+    kernel: Kernel,
+    probes: &[P],
+    row: &[T],
+    unit: ScoreUnit,
+    scores: &mut [f32],
+) -> bool {
+    let mut finite = true;
+    for (together, scores) in probes.chunks(TOGETHER).zip(scores.chunks_mut(TOGETHER)) {
+        let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
+        directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
+        kernel.dots_of_row(row, &directions[..together.len()], scores);
+        for (probe, score) in together.iter().zip(scores) {
+            let projection = probe.as_ref().projection(*score);
+            *score = projection.map_or(f32::NAN, |p| p.score(unit));
+            finite &= projection.is_some();
+        }
+    }
+    finite
 }
 
 /// Values that begin on a cache line, so that no load of a whole register touches two.

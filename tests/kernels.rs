@@ -113,6 +113,12 @@ fn many_dot_products_at_once_have_the_bits_of_each_alone() {
                         assert_eq!(found.to_bits(), alone(at / d, at % d), "{kernel:?} {width} {r} x {d}");
                     }
                     compared += out.len();
+                    let (mut of_row, first) = (vec![0.0; d], &out[..d]);
+                    kernel.dots_of_row(rows[0], &directions[..d], &mut of_row);
+                    assert!(
+                        of_row.iter().zip(first).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{kernel:?} {width}"
+                    );
                 }
                 let (group, next) = ([0, 1, 2, 3].map(|r| rows[r]), [rows[4], &[], rows[5], rows[6]]);
                 let both = kernel.measure(group, Some(directions[0]), next);

@@ -75,6 +75,7 @@ pub(super) struct Ops<T> {
     pub squares: unsafe fn(&[T]) -> f32,
     pub measure: Measure<T>,
     pub dots: Dots<T>,
+    pub dots_of_row: unsafe fn(&[T], &[&[f32]], &mut [f32]),
     pub edit_peak: unsafe fn(&[T], &[f32], f32) -> f32,
     pub edit: unsafe fn(&mut [T], &[f32], f32),
     pub edit_group: EditGroup<T>,
@@ -229,6 +230,15 @@ impl Kernel {
         assert!(rows.iter().all(|row| row.len() == width) && directions.iter().all(|u| u.len() == width));
         // SAFETY: as in `dot`; neither side is empty.
         unsafe { (T::ops(self).0.dots)(rows, directions, next, out) }
+    }
+
+    /// The same for one row: `out[d]`, without what it takes to work on several.
+    ///
+    /// Panics, too, when `out` does not have an element for each direction.
+    pub fn dots_of_row<T: Scored>(&self, row: &[T], directions: &[&[f32]], out: &mut [f32]) {
+        assert!(directions.iter().all(|u| u.len() == row.len()) && out.len() == directions.len());
+        // SAFETY: as in `dot`.
+        unsafe { (T::ops(self).0.dots_of_row)(row, directions, out) }
     }
 
     /// The largest |element| that [`Kernel::edit`] would write, before rounding to the dtype. Row and `c` finite.

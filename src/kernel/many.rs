@@ -14,6 +14,8 @@ pub(super) const ROWS: usize = 6;
 /// accumulators takes its time at each turn, yet so few that the rows' part of a block stays near.
 const DIRECTIONS: usize = 8;
 const BLOCK: usize = 4096;
+/// Bytes that stay in the first cache, with room for what else is in use.
+const NEAR: usize = 24 << 10;
 
 /// Every row with every direction: `out[r * directions.len() + d]`. Fetches the rows to come in `next`.
 ///
@@ -47,18 +49,37 @@ where
             done += ROWS;
         }
         for (row, out) in rows[done..].iter().zip(out[done * count..].chunks_exact_mut(count)) {
-            let (row, mut done) = (std::slice::from_ref(row), 0);
-            while done < count {
-                if V::REGISTERS >= 32 && done + 4 <= count {
-                    columns::<V, T, 1, 4>(row, directions, done, out);
-                    done += 4;
-                } else if V::REGISTERS >= 16 && done + 2 <= count {
-                    columns::<V, T, 1, 2>(row, directions, done, out);
-                    done += 2;
-                } else {
-                    out[done] = reduce::<V, T, true, false>(row[0], directions[done], None).0;
-                    done += 1;
-                }
+            dots_of_row::<V, T>(row, directions, out);
+        }
+    }
+}
+
+/// One row with every direction. Directions share the loads of the row, but not where the second cache has to give them
+/// and the first one keeps the row: one long stream comes faster than four.
+///
+/// # Safety
+/// As for [`dots`].
+#[inline(always)]
+pub(super) unsafe fn dots_of_row<V, T>(row: &[T], directions: &[&[f32]], out: &mut [f32])
+where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (rows, count, mut done) = (std::slice::from_ref(&row), directions.len(), 0);
+    let one = row.len() * size_of::<f32>();
+    let shared = one * count <= NEAR || one + size_of_val(row) > NEAR;
+    // SAFETY: all lengths are `width`; `done` stays within `directions`.
+    unsafe {
+        while done < count {
+            if V::REGISTERS >= 32 && shared && done + 4 <= count {
+                columns::<V, T, 1, 4>(rows, directions, done, out);
+                done += 4;
+            } else if V::REGISTERS >= 16 && shared && done + 2 <= count {
+                columns::<V, T, 1, 2>(rows, directions, done, out);
+                done += 2;
+            } else {
+                out[done] = reduce::<V, T, true, false>(row, directions[done], None).0;
+                done += 1;
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use super::dispatch::{KernelKind, Ops, Table};
 use super::generic::{Ahead, GROUP, Memory, Vector, edit, edit_peak, reduce};
-use super::many::dots;
+use super::many::{dots, dots_of_row};
 use crate::activations::Element;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -18,6 +18,7 @@ where
         squares: squares::<T>,
         measure: measure::<T>,
         dots: dots::<Portable, T>,
+        dots_of_row: dots_of_row::<Portable, T>,
         edit_peak: edit_peak::<Portable, T>,
         edit: edit_one::<T>,
         edit_group: edit_group::<T>,

@@ -12,6 +12,7 @@ const fn ops<T: Element>() -> Ops<T> {
         squares: squares::<T>,
         measure: measure::<T>,
         dots: dots::<T>,
+        dots_of_row: dots_of_row::<T>,
         edit_peak: edit_peak::<T>,
         edit: edit::<T>,
         edit_group: edit_group::<T>,
@@ -34,9 +35,13 @@ fn add(sum: f64, term: f64) -> f64 {
 
 fn dots<T: Element>(rows: &[&[T]], directions: &[&[f32]], _: &[&[T]], out: &mut [f32]) {
     for (row, out) in rows.iter().zip(out.chunks_exact_mut(directions.len())) {
-        for (direction, out) in directions.iter().zip(out) {
-            *out = dot(row, direction);
-        }
+        dots_of_row(row, directions, out);
+    }
+}
+
+fn dots_of_row<T: Element>(row: &[T], directions: &[&[f32]], out: &mut [f32]) {
+    for (direction, out) in directions.iter().zip(out) {
+        *out = dot(row, direction);
     }
 }
 

@@ -43,6 +43,7 @@ macro_rules! kernel {
                     squares: squares::<T>,
                     measure: measure::<T>,
                     dots: dots::<T>,
+                    dots_of_row: dots_of_row::<T>,
                     edit_peak: edit_peak::<T>,
                     edit: edit::<T>,
                     edit_group: edit_group::<T>,
@@ -98,6 +99,17 @@ macro_rules! kernel {
             {
                 // SAFETY: passed on to the caller.
                 unsafe { many::dots::<$vector, T>(rows, directions, next, out) }
+            }
+
+            /// # Safety
+            /// As for [`dots`].
+            #[target_feature(enable = $features)]
+            unsafe fn dots_of_row<T: Element>(row: &[T], directions: &[&[f32]], out: &mut [f32])
+            where
+                $vector: Memory<T>,
+            {
+                // SAFETY: passed on to the caller.
+                unsafe { many::dots_of_row::<$vector, T>(row, directions, out) }
             }
 
             /// # Safety

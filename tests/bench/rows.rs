@@ -1,4 +1,7 @@
 //! One row in cache against one and against eight directions.
+//!
+//! Where a CPU loads one 64-byte register a cycle (Zen 4), a bf16 row of 576 takes at least 18 + 36 of them with our f32
+//! direction and 18 + 18 with NumKong's bf16 one: no instruction makes up for that, only rounding the direction would.
 
 use crate::measure::{Report, pair};
 use crate::peers::{Blas, Peer};
