@@ -215,3 +215,26 @@ def test_insertion_refuses(made, tmp_path):
     assert not (tmp_path / "o.onnx").exists()
     named = insert("probe", model, tmp_path / "o.onnx", "--tensor", "sum0", "--directions", path, "--layer", 1)
     assert named.returncode == 0, named.stderr
+
+
+@pytest.mark.skipif("EMAUDIT_ONNX_EXAMPLE" not in os.environ, reason="SKIPPED LOUDLY: EMAUDIT_ONNX_EXAMPLE names no program")
+def test_a_program_in_rust_gets_the_same_scores(made, tmp_path):
+    path, _ = made
+    table = drawn(7, WIDTH)
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+        helper.make_node("Probe", ["rows"], ["emaudit.scores"], domain="emaudit", directions=str(path), layer=1),
+    ]
+    inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "s"])]
+    outputs = [helper.make_tensor_value_info("emaudit.scores", TensorProto.FLOAT, None)]
+    values = [helper.make_tensor("table", TensorProto.FLOAT, table.shape, table.ravel().tolist())]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("emaudit", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, values), opset_imports=opsets, ir_version=10)
+    onnx.save(model, tmp_path / "m.onnx")
+    ids = [3, 0, 6, 3]
+    [scores] = session(model).run(None, {"input_ids": np.array([ids])})
+    runtime = next((pathlib.Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*"))
+    command = [os.environ["EMAUDIT_ONNX_EXAMPLE"], tmp_path / "m.onnx", LIBRARY, *map(str, ids)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ORT_DYLIB_PATH": str(runtime)})
+    assert done.returncode == 0, done
+    assert np.array(done.stdout.split(), dtype="f4").tolist() == scores[0].tolist()
