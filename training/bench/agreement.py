@@ -139,7 +139,8 @@ def main():
     parser.add_argument("--operators", type=pathlib.Path, default=library)
     parser.add_argument("--llama", type=pathlib.Path, help="the program `scores` of the llama.cpp tests")
     args = parser.parse_args()
-    args.directions = args.directions.resolve()
+    for name in ["directions", "train", "operators", "llama"]:
+        setattr(args, name, getattr(args, name) and getattr(args, name).resolve())
     import emaudit
 
     directions = emaudit.Directions.open(args.directions)
