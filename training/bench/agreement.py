@@ -166,7 +166,9 @@ def main():
             audit.push([score])
         return audit.verdict()
 
-    good = verdict(engines["candle"]).state.word == state
+    found = verdict(engines["candle"]).state.word
+    # Of an adapter emaudit-train judges the calm base as well, and may say stale.
+    good = bool(args.adapter) or found == state
     reference, unit = np.array(engines["candle"]), np.array(norms) / probe.sigma
     print(f"layer {args.layer}, {len(reference)} prompts, scores in aligned standard deviations; |h|/sigma {unit.mean():.1f}\n")
     print("| prompt | " + " | ".join(engines) + " |\n|---|" + "---|" * len(engines))
@@ -177,7 +179,7 @@ def main():
         apart = abs(np.array(scores) - reference)
         share, allowed = (apart / unit).max(), QUANTISED if name == "llama.cpp" else EXACT
         judged = verdict(scores)
-        good &= bool(share <= allowed) and judged.state.word == state
+        good &= bool(share <= allowed) and judged.state.word == found
         print(f"| {name} | {apart.max():.1e} | {share:.1e} | {allowed:.1e} | {judged.flagged} of {judged.judged} | {judged.state} |")
     sys.exit(0 if good else 1)
 
