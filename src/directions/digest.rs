@@ -1,5 +1,6 @@
 //! The two digests of a direction file: the plain SHA-256 of its bytes, which a caller pins, and the content
-//! digest that the file states about itself, which finds damage without a sidecar.
+//! digest that the file states about itself, which finds damage without a sidecar. Beside them, the digest of its
+//! model's vocabulary that it states.
 
 use crate::error::{Error, Result};
 use sha2::{Digest, Sha256};
@@ -20,6 +21,25 @@ pub(super) fn of_content(bytes: &[u8], at: usize) -> [u8; 32] {
     hash.update(&bytes[..at]);
     hash.update([b'0'; HEX]);
     hash.update(&bytes[at + HEX..]);
+    hash.finalize().into()
+}
+
+/// The `tokenizer_digest` of a model: SHA-256 of each token's UTF-8 bytes, each followed by 0x0A.
+///
+/// The caller gives the tokens in the order of their ids, special and added ones too, and leaves out ids that have none.
+/// ```
+/// use emaudit::directions::digest;
+///
+/// // printf '<end>\nhello\n' | sha256sum
+/// let digest = digest::of_tokens(["<end>", "hello"]);
+/// assert_eq!(digest::to_hex(&digest), "9bb85064b1452ed2debc634bd136bf5a7ce341a474a2cf8c8610b393e79e8cca");
+/// ```
+pub fn of_tokens<'a>(tokens: impl IntoIterator<Item = &'a str>) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for token in tokens {
+        hash.update(token.as_bytes());
+        hash.update(b"\n");
+    }
     hash.finalize().into()
 }
 

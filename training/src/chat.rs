@@ -11,13 +11,12 @@ mod gguf;
 mod sentencepiece;
 mod template;
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::quantized::gguf_file::Content;
+use emaudit::directions::digest;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
 pub use template::ChatTemplate;
@@ -299,17 +298,9 @@ impl TextFrontend {
         (0..rows as u32).filter(|id| tokens.next_if_eq(id).is_none()).collect()
     }
 
-    /// SHA-256, in hex, of each token's UTF-8 bytes in id order, each followed by 0x0A; unused ids are left out.
+    /// [`digest::of_tokens`] of the vocabulary, in hex.
     pub fn vocab_digest(&self) -> String {
-        let mut hash = Sha256::new();
-        for (_, token) in &self.vocab {
-            hash.update(token.as_bytes());
-            hash.update(b"\n");
-        }
-        hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        })
+        digest::to_hex(&digest::of_tokens(self.vocab.iter().map(|(_, token)| token.as_str())))
     }
 }
 

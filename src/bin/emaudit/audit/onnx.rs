@@ -6,7 +6,6 @@ use emaudit::directions::digest;
 use emaudit::directions::schema::Site;
 use emaudit::onnx::Model;
 use emaudit::{Error, Probe, Result, Rows};
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use tokenizers::Tokenizer;
 
@@ -115,17 +114,11 @@ impl Suspect {
     }
 }
 
-/// As direction files state it: each token's UTF-8 bytes in id order, each followed by a line feed.
 fn vocabulary_digest(tokenizer: &Tokenizer) -> String {
     let mut tokens: Vec<(u32, String)> =
         tokenizer.get_vocab(true).into_iter().map(|(token, id)| (id, token)).collect();
     tokens.sort_unstable();
-    let mut hash = Sha256::new();
-    for (_, token) in &tokens {
-        hash.update(token.as_bytes());
-        hash.update(b"\n");
-    }
-    digest::to_hex(&hash.finalize().into())
+    digest::to_hex(&digest::of_tokens(tokens.iter().map(|(_, token)| token.as_str())))
 }
 
 fn unreadable(path: &Path, error: &tokenizers::Error) -> Error {
