@@ -48,6 +48,14 @@ pub enum RowStatus {
     Limited = 3,
 }
 
+impl RowStatus {
+    /// Of a row that was only scored: [`RowStatus::Ok`] where it has a score.
+    #[inline]
+    pub(crate) fn scored(has_score: bool) -> RowStatus {
+        if has_score { RowStatus::Ok } else { RowStatus::NonFinite }
+    }
+}
+
 /// Scores rows against one layer's direction.
 ///
 /// Immutable, `Send` and `Sync`; a clone shares everything. Keeps its directions alive.
@@ -185,7 +193,7 @@ impl Probe {
             let projection = self.projection(self.inner.kernel.dot(rows.row::<T>(0), &self.inner.unit));
             *score = projection.map_or(f32::NAN, |p| p.score(unit));
             if let Some(status) = status {
-                status[0] = if projection.is_some() { RowStatus::Ok } else { RowStatus::NonFinite };
+                status[0] = RowStatus::scored(projection.is_some());
             }
             return usize::from(projection.is_none());
         }
@@ -197,7 +205,7 @@ impl Probe {
         // A row that has a score has a finite one.
         if let Some(status) = status {
             for (status, score) in status.iter_mut().zip(&*scores) {
-                *status = if score.is_nan() { RowStatus::NonFinite } else { RowStatus::Ok };
+                *status = RowStatus::scored(!score.is_nan());
             }
         }
         scores.iter().filter(|score| score.is_nan()).count()
@@ -392,7 +400,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
     if count == 1 {
         let finite = score_row::<T, P>(kernel, probes, rows.row(0), unit, scores);
         if let Some(status) = status {
-            status[0] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };
+            status[0] = RowStatus::scored(finite);
         }
         return usize::from(!finite);
     }
@@ -405,8 +413,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
             (block[r], next[r]) = (row(first + r), row(first + Kernel::ROWS + r));
         }
         for (at, together) in probes.chunks(TOGETHER).enumerate() {
-            let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
-            directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
+            let directions = directions_of(together);
             let mut dots = [0.0; Kernel::ROWS * TOGETHER];
             let dots = &mut dots[..present * together.len()];
             let next = if at == 0 { &next[..] } else { &[] };
@@ -423,7 +430,7 @@ fn score_all_as<T: Scored, P: AsRef<Probe>>(
         for (i, finite) in (first..).zip(finite).take(present) {
             nonfinite += usize::from(!finite);
             if let Some(status) = status {
-                status[i] = if finite { RowStatus::Ok } else { RowStatus::NonFinite };
+                status[i] = RowStatus::scored(finite);
             }
         }
     }
@@ -440,8 +447,7 @@ fn score_row<T: Scored, P: AsRef<Probe>>(
 ) -> bool {
     let mut finite = true;
     for (together, scores) in probes.chunks(TOGETHER).zip(scores.chunks_mut(TOGETHER)) {
-        let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
-        directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
+        let directions = directions_of(together);
         kernel.dots_of_row(row, &directions[..together.len()], scores);
         for (probe, score) in together.iter().zip(scores) {
             let projection = probe.as_ref().projection(*score);
@@ -450,6 +456,14 @@ fn score_row<T: Scored, P: AsRef<Probe>>(
         }
     }
     finite
+}
+
+/// The unit directions of up to [`TOGETHER`] probes, then empty ones.
+#[inline]
+fn directions_of<P: AsRef<Probe>>(together: &[P]) -> [&[f32]; TOGETHER] {
+    let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
+    directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
+    directions
 }
 
 /// Values that begin on a cache line, so that no load of a whole register touches two.
