@@ -167,13 +167,12 @@ impl Model {
             );
         };
         let known = |stated: i64, config: Option<i64>, name: &str| {
-            match (stated, config) {
-            (1.., _) => Ok(stated),
-            (_, Some(size)) => Ok(size),
-            (_, None) => Err(self.refuse(format_args!(
+            if stated > 0 {
+                return Ok(stated);
+            }
+            config.ok_or_else(|| self.refuse(format_args!(
                 "the graph leaves the size of its cache open, and no genai_config.json beside it states {name}; put the builder's file there"
-            ))),
-        }
+            )))
         };
         let heads = known(heads, self.cache.heads, "num_key_value_heads")?;
         Ok([1, heads, 0, known(size, self.cache.head_size, "head_size")?])
