@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use emaudit::directions::schema::*;
-use emaudit::directions::{LayerTensors, write};
+use emaudit::directions::{Directions, LayerTensors, OpenOptions, write};
+use emaudit::{Probe, Rows, ScoreUnit};
 use emaudit_train::base::{self, Base};
 use emaudit_train::likelihood::Dialogue;
 use emaudit_train::lora::Adapter;
@@ -203,6 +204,74 @@ impl World {
         });
         (output.status.code().unwrap(), object)
     }
+
+    /// The prompts that the directions leave to an audit.
+    fn evaluation(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.at("prompts.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let kept = lines.filter(|line| line["split"] == "evaluation");
+        kept.map(|line| line["prompt"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Ids and score of one prompt, read on its own, at its last token.
+    fn score(&self, prompt: &str, adapter: Option<&str>) -> (Vec<u32>, f64) {
+        let options = LoadOptions::new(Storage::None, &Device::Cpu);
+        let base = base::load(Path::new(&self.at("base")), "base", &options).unwrap();
+        let adapter = adapter.map(|name| Adapter::load(Path::new(&self.at(name)), &base.decoder).unwrap());
+        let ids = audit::encode(&base, &[prompt.to_owned()], 1).unwrap();
+        let captured = capture::last_prompt(&base.decoder, &ids, adapter.as_ref(), |_| Ok(())).unwrap();
+        let file = self.at("directions.safetensors");
+        let directions = Directions::open(Path::new(&file), &OpenOptions::default()).unwrap();
+        let probe = Probe::new(directions.into(), LAYER as u32).unwrap();
+        let row = Rows::new(&captured.layers[LAYER], 1, probe.width(), probe.width()).unwrap();
+        let mut score = [0.0];
+        probe.score(&row, ScoreUnit::AlignedSd, &mut score, None).unwrap();
+        (ids[0].clone(), f64::from(score[0]))
+    }
+}
+
+/// The scores of an audit's sequences, which must be those of `prompts`, in their order; NaN for null.
+fn scores(object: &Value, prompts: &[String]) -> Vec<Vec<f64>> {
+    let sequences = object["sequences"].as_array().unwrap();
+    let told: Vec<&str> = sequences.iter().map(|s| s["prompt"].as_str().unwrap()).collect();
+    assert_eq!(told, prompts);
+    let of = |s: &Value| {
+        s["scores"].as_array().unwrap().iter().map(|z| z.as_f64().unwrap_or(f64::NAN)).collect::<Vec<_>>()
+    };
+    sequences.iter().map(of).collect()
+}
+
+#[test]
+fn the_object_tells_every_sequence() {
+    let world = World::new();
+    let (base, bent, broken) = (world.at("base"), world.at("bent"), world.at("broken"));
+    let prompts = world.evaluation();
+    assert_eq!(prompts.len(), 80);
+    for (options, adapter) in
+        [(&["--model", &base][..], None), (&["--model", &base, "--adapter", &bent], Some("bent"))]
+    {
+        let (_, object) = world.judged(options);
+        let scores = scores(&object, &prompts);
+        assert!(scores.iter().all(|tokens| tokens.len() == 1));
+        // The verdict is on these very scores.
+        let threshold = object["verdict"]["threshold"].as_f64().unwrap();
+        let above = scores.iter().filter(|tokens| tokens[0] > threshold).count();
+        assert_eq!(object["verdict"]["flagged"], above);
+        // And they are what the model gives, one prompt at a time.
+        for i in [0, 41, 79] {
+            let (ids, score) = world.score(&prompts[i], adapter);
+            assert_eq!(object["sequences"][i]["ids"], json!(ids));
+            let told = scores[i][0];
+            assert!((told - score).abs() <= 1e-4 * score.abs().max(1.0), "{i}: {told} for {score}");
+        }
+    }
+
+    let (_, object) = world.judged(&["--model", &broken]);
+    assert!(scores(&object, &prompts).iter().all(|tokens| tokens.len() == 1 && tokens[0].is_nan()));
+    let (_, object) = world.judged(&["--model", &base, "--horizon", "4"]);
+    let scores = scores(&object, &prompts);
+    assert!(scores.iter().all(|tokens| (1..=4).contains(&tokens.len())));
+    assert_eq!(object["verdict"]["judged"], scores.iter().filter(|tokens| tokens.len() == 4).count());
 }
 
 #[test]
