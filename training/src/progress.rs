@@ -19,6 +19,8 @@ pub struct Stage {
     name: String,
     total: u64,
     done: u64,
+    /// Those of `done` that an earlier process did: they say nothing of how fast this one is.
+    restored: u64,
     begun: Instant,
     face: Face,
 }
@@ -37,37 +39,50 @@ impl Stage {
             let bar =
                 ProgressBar::with_draw_target(Some(total as u64), ProgressDrawTarget::stderr_with_hz(8));
             // The template is a constant; if it were wrong, the plain default still shows progress.
-            if let Ok(style) =
-                ProgressStyle::with_template("{prefix:<24} {bar:24} {pos:>6}/{len} {eta:>5} left  {msg}")
-            {
+            if let Ok(style) = ProgressStyle::with_template("{prefix:<24} {bar:24} {pos:>6}/{len}, {msg}") {
                 bar.set_style(style);
             }
             bar.set_prefix(name.to_string());
+            bar.set_message("unknown left");
             bar.enable_steady_tick(Duration::from_millis(500));
             Face::Bar(bar)
         } else {
             line(&format!("{name}: 0/{total}"));
             Face::Lines { last: Instant::now() }
         };
-        Self { name: name.into_owned(), total: total as u64, done: 0, begun: Instant::now(), face }
+        Self::with_face(name.into_owned(), total, face)
     }
 
     /// A stage that shows nothing, for tests and for callers that speak for themselves.
     pub fn silent(total: usize) -> Self {
-        Self { name: String::new(), total: total as u64, done: 0, begun: Instant::now(), face: Face::Silent }
+        Self::with_face(String::new(), total, Face::Silent)
+    }
+
+    fn with_face(name: String, total: usize, face: Face) -> Self {
+        Self { name, total: total as u64, done: 0, restored: 0, begun: Instant::now(), face }
+    }
+
+    /// Counts `steps` more as done by an earlier process.
+    pub fn restore(&mut self, steps: usize) {
+        self.done += steps as u64;
+        self.restored += steps as u64;
+        if let Face::Bar(bar) = &self.face {
+            bar.inc(steps as u64);
+        }
     }
 
     /// Counts `steps` more as done; the note (a loss, a rate) stands behind the count.
     pub fn advance(&mut self, steps: usize, note: impl Into<Cow<'static, str>>) {
         self.done += steps as u64;
-        match &mut self.face {
+        let (elapsed, note) = (self.begun.elapsed(), note.into());
+        match &self.face {
             Face::Bar(bar) => {
-                bar.set_message(note);
+                bar.set_message(self.outlook(elapsed, &note));
                 bar.inc(steps as u64);
             }
             Face::Lines { last } if last.elapsed() >= EVERY => {
-                *last = Instant::now();
-                line(&report(&self.name, self.done, self.total, self.begun.elapsed(), &note.into()));
+                line(&self.report(elapsed, &note));
+                self.face = Face::Lines { last: Instant::now() };
             }
             Face::Lines { .. } | Face::Silent => {}
         }
@@ -93,6 +108,20 @@ impl Stage {
 
     pub fn done(&self) -> usize {
         self.done as usize
+    }
+
+    fn report(&self, elapsed: Duration, note: &str) -> String {
+        format!("{}: {}/{}, {}", self.name, self.done, self.total, self.outlook(elapsed, note))
+    }
+
+    /// How long the rest takes at the rate of the steps that this process did in `elapsed`; then the note.
+    fn outlook(&self, elapsed: Duration, note: &str) -> String {
+        let left = match self.done - self.restored {
+            0 => "unknown".to_owned(),
+            here => duration(elapsed.mul_f64(self.total.saturating_sub(self.done) as f64 / here as f64)),
+        };
+        let separator = if note.is_empty() { "" } else { "; " };
+        format!("{left} left{separator}{note}")
     }
 }
 
@@ -124,15 +153,6 @@ fn line(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-fn report(name: &str, done: u64, total: u64, elapsed: Duration, note: &str) -> String {
-    let left = match done {
-        0 => "unknown".to_owned(),
-        _ => duration(elapsed.mul_f64(total.saturating_sub(done) as f64 / done as f64)),
-    };
-    let separator = if note.is_empty() { "" } else { "; " };
-    format!("{name}: {done}/{total}, {left} left{separator}{note}")
-}
-
 fn duration(time: Duration) -> String {
     let seconds = time.as_secs_f64().round() as u64;
     match seconds {
@@ -149,12 +169,22 @@ mod tests {
     #[test]
     fn a_line_says_how_long_it_will_take() {
         let half = Duration::from_secs(90);
-        assert_eq!(
-            report("finetune", 12, 24, half, "loss 1.2"),
-            "finetune: 12/24, 1 min 30 s left; loss 1.2"
-        );
-        assert_eq!(report("capture", 0, 24, half, ""), "capture: 0/24, unknown left");
-        assert_eq!(report("capture", 30, 24, half, ""), "capture: 30/24, 0 s left");
+        let mut stage = Stage::with_face("finetune".into(), 24, Face::Silent);
+        assert_eq!(stage.report(half, ""), "finetune: 0/24, unknown left");
+        stage.advance(12, "");
+        assert_eq!(stage.report(half, "loss 1.2"), "finetune: 12/24, 1 min 30 s left; loss 1.2");
+        stage.advance(18, "");
+        assert_eq!(stage.report(half, ""), "finetune: 30/24, 0 s left");
+    }
+
+    #[test]
+    fn what_an_earlier_process_did_makes_this_one_no_faster() {
+        let mut stage = Stage::with_face("finetune".into(), 100, Face::Silent);
+        stage.restore(60);
+        assert_eq!(stage.report(Duration::from_secs(2), ""), "finetune: 60/100, unknown left");
+        // 10 steps of this process in 20 seconds, and 30 are left.
+        stage.advance(10, "");
+        assert_eq!(stage.report(Duration::from_secs(20), ""), "finetune: 70/100, 1 min 0 s left");
     }
 
     #[test]

@@ -110,7 +110,10 @@ impl Experiment {
             Some(finetune::Checkpoint::new(&checkpoint, key)),
             |entry| {
                 metrics.add(entry);
-                stage.advance(1, entry.to_string());
+                match entry.took {
+                    Some(_) => stage.advance(1, entry.to_string()),
+                    None => stage.restore(1),
+                }
             },
             interrupt::asked,
         )?;
