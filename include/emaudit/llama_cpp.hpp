@@ -388,7 +388,7 @@ class Auditor {
     const auto rows = static_cast<std::size_t>(tensor->ne[1]);
     const std::vector<std::uint32_t> &owners = order_.rows();
     const bool all = rows == owners.size();
-    if (!all && rows != outputs(owners)) {
+    if (!all && rows != order_.outputs()) {
       trouble_ = "a layer has neither one row per token nor one per token whose logits are asked for";
       return;
     }
@@ -414,19 +414,12 @@ class Auditor {
     }
   }
 
-  std::size_t outputs(const std::vector<std::uint32_t> &owners) const noexcept {
-    return static_cast<std::size_t>(std::count_if(
-        owners.begin(), owners.end(), [&](std::uint32_t index) { return order_.entry(index).output; }));
-  }
-
   bool is_wanted(const detail::Entry &entry) const noexcept {
-    const Sequence *const first = find(entry.sequence);
-    bool wanted = first != nullptr && first->started;
-    for (std::int32_t k = 0; k < entry.shared_count; ++k) {
-      const Sequence *const other = find(entry.shared[k]);
-      wanted = wanted || (other != nullptr && other->started);
-    }
-    return wanted;
+    const auto started = [&](llama_seq_id id) {
+      const Sequence *const sequence = find(id);
+      return sequence != nullptr && sequence->started;
+    };
+    return started(entry.sequence) || std::any_of(entry.shared, entry.shared + entry.shared_count, started);
   }
 
   bool run(Tap &tap, ggml_tensor *tensor, std::size_t count, bool steered) noexcept {

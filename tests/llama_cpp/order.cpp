@@ -80,7 +80,7 @@ void shared_tokens() {
     batch.n_seq_id[i] = i == 0 ? 2 : 1;
     batch.seq_id[i][0] = i == 2 ? 1 : 0;
     batch.seq_id[i][1] = 1;
-    batch.logits[i] = 0;
+    batch.logits[i] = i == 1 ? 1 : 0;
   }
   Order order;
   order.begin(batch, 8, nullptr);
@@ -88,6 +88,7 @@ void shared_tokens() {
   const llama_pos positions[] = {0, 1, 1};
   CHECK(order.match(tokens, positions, 3));
   CHECK(order.entry(0).shared_count == 1 && order.entry(0).shared[0] == 1 && !order.entry(2).output);
+  CHECK(order.outputs() == 1);
   llama_batch_free(batch);
 }
 

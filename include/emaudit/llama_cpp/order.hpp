@@ -96,6 +96,11 @@ class Order {
   }
 
   const std::vector<std::uint32_t> &rows() const noexcept { return rows_; }
+  /// Of rows(), those whose logits are asked for.
+  std::size_t outputs() const noexcept {
+    return static_cast<std::size_t>(
+        std::count_if(rows_.begin(), rows_.end(), [&](std::uint32_t i) { return entries_[i].output; }));
+  }
   const Entry &entry(std::size_t index) const noexcept { return entries_[index]; }
   std::size_t size() const noexcept { return count_; }
   /// Whether every token was in a micro-batch.
