@@ -63,6 +63,10 @@ pub enum Status {
     NotCalibrated = 21,
     /// An audit log whose chain does not hold, or that a failed write left incomplete.
     BrokenLog = 22,
+    /// No GPU can be used: no driver, no card, or a library that was built without the feature `cuda`.
+    DeviceUnavailable = 23,
+    /// The GPU's driver refused what it was asked for.
+    Device = 24,
 }
 
 /// Result of every fallible call of the library.
@@ -204,6 +208,17 @@ pub enum Error {
     /// See [`Status::BrokenLog`].
     #[error("broken audit log: {0}")]
     BrokenLog(String),
+    /// See [`Status::DeviceUnavailable`].
+    #[error("no GPU can be used: {0}; score and steer in host memory instead")]
+    DeviceUnavailable(String),
+    /// See [`Status::Device`].
+    #[error("the GPU's driver answers {name} when asked to {doing}")]
+    Device {
+        /// What was attempted.
+        doing: &'static str,
+        /// The driver's name for the error.
+        name: String,
+    },
     /// See [`Status::NotCalibrated`].
     #[error(
         "layer {layer} is not calibrated, so {what} has no meaning there; use raw scores, or calibrate the layer"
@@ -242,6 +257,8 @@ impl Error {
             Error::NotLanded { .. } => Status::NotLanded,
             Error::NotCalibrated { .. } => Status::NotCalibrated,
             Error::BrokenLog(_) => Status::BrokenLog,
+            Error::DeviceUnavailable(_) => Status::DeviceUnavailable,
+            Error::Device { .. } => Status::Device,
         }
     }
 }

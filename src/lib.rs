@@ -30,6 +30,7 @@
 pub mod activations;
 pub mod audit;
 pub mod controls;
+pub mod device;
 pub mod directions;
 pub mod drift;
 pub mod error;

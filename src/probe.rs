@@ -3,6 +3,7 @@
 use crate::activations::{Dtype, Rows};
 use crate::directions::Directions;
 use crate::error::{Error, Result};
+use crate::kernel::cuda::launch::Scale;
 use crate::kernel::{Kernel, KernelKind, Scored, error_bound};
 use half::{bf16, f16};
 use std::sync::Arc;
@@ -46,6 +47,8 @@ pub enum RowStatus {
     Gated = 2,
     /// Steering only: the dose limit made the edit smaller.
     Limited = 3,
+    /// Steering on a GPU only, where strengths are not seen before: it is not finite, or negative for a clamp; untouched.
+    BadStrength = 4,
 }
 
 impl RowStatus {
@@ -364,9 +367,25 @@ impl Probe {
     /// contract.md with `sum|h_i u_i| <= |h| |u|`, plus the rounding of the score to f32. Divide by `sigma` for `z`
     /// and add one more rounding.
     pub fn error_bound(&self, row_norm: f64) -> f64 {
+        self.error_bound_with(row_norm, |reach| error_bound(self.kernel(), self.width(), reach))
+    }
+
+    /// The same, where `dot_bound` is the bound of a dot product whose terms' absolute values have this sum.
+    pub(crate) fn error_bound_with(&self, row_norm: f64, dot_bound: impl FnOnce(f64) -> f64) -> f64 {
         let reach = row_norm * self.inner.unit_norm;
         let rounding = (reach + self.inner.offset.abs()) * f64::from(f32::EPSILON) / 2.0;
-        error_bound(self.kernel(), self.width(), reach) * (1.0 + f64::from(f32::EPSILON)) + rounding
+        dot_bound(reach) * (1.0 + f64::from(f32::EPSILON)) + rounding
+    }
+
+    /// What a kernel on a GPU makes scores of this unit with.
+    pub fn scale(&self, unit: ScoreUnit) -> Scale {
+        let (offset, sigma) = (self.inner.offset, self.inner.sigma.unwrap_or(1.0));
+        Scale { offset, sigma, raw: unit == ScoreUnit::Raw }
+    }
+
+    /// Whether the other is this probe or a clone of it.
+    pub(crate) fn is_same(&self, other: &Probe) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     pub(crate) fn bound_kernel(&self) -> Kernel {

@@ -3,6 +3,7 @@
 use crate::activations::{Dtype, Element, Rows, RowsMut};
 use crate::directions::schema::Specificity;
 use crate::error::{Error, Result};
+use crate::kernel::cuda::launch::Edit;
 use crate::kernel::{Kernel, Scored};
 use crate::probe::{Probe, Projection, RowStatus, ScoreUnit, check_length};
 use half::{bf16, f16};
@@ -205,6 +206,22 @@ impl Steering {
         &self.options
     }
 
+    /// What a kernel on a GPU edits rows with.
+    pub fn edit_on_device(&self) -> Edit {
+        let (operation, parameter) = match self.options.operation {
+            Operation::Subtract { alpha } => (1, alpha),
+            Operation::ProjectOut { alpha } => (2, alpha),
+            Operation::Clamp { ceiling } => (3, ceiling),
+        };
+        let SteeringOptions { gate, dose_limit, .. } = self.options;
+        Edit { operation, parameter, gate, dose_limit, norm: self.edit_norm, peak: self.edit_peak }
+    }
+
+    /// Whether the raw direction is taken off, and not the unit one.
+    pub(crate) fn takes_raw_direction(&self) -> bool {
+        matches!(self.options.operation, Operation::Subtract { .. })
+    }
+
     /// Checks and steers; rows that are not finite are counted in the report, not an error.
     pub(crate) fn run(
         &self,
@@ -382,8 +399,8 @@ impl Steering {
         Decision { status, c, dose }
     }
 
-    /// The vector that is subtracted.
-    fn vector(&self) -> &[f32] {
+    /// The vector that is taken off, times what each row needs: the raw direction for [`Operation::Subtract`], else the unit one.
+    pub fn vector(&self) -> &[f32] {
         match self.options.operation {
             Operation::Subtract { .. } => self.probe.direction(),
             _ => self.probe.unit_direction(),
@@ -444,7 +461,7 @@ impl SteerReport {
             self.largest_dose = self.largest_dose.max(decision.dose as f32);
         }
         match decision.status {
-            RowStatus::Ok => {}
+            RowStatus::Ok | RowStatus::BadStrength => {}
             RowStatus::NonFinite => self.nonfinite += 1,
             RowStatus::Gated => self.gated += 1,
             RowStatus::Limited => self.limited += 1,

@@ -352,19 +352,27 @@ const SUBNORMAL32: f64 = f32::from_bits(1) as f64;
 /// The bound of contract.md on |computed - exact| of a dot product of `width` terms whose absolute values sum to
 /// `sum_abs`; for the sum of squares pass that sum itself.
 pub fn error_bound(kind: KernelKind, width: usize, sum_abs: f64) -> f64 {
-    let gamma = |n: f64, eps: f64| n * eps / (1.0 - n * eps);
-    let steps = |lanes: usize, extra: usize| {
+    let float = |lanes: usize, extra: usize| {
         let chunks = width.div_ceil(lanes * generic::UNROLL);
-        (chunks + extra + (generic::UNROLL.ilog2() + lanes.ilog2()) as usize) as f64
+        let roundings = chunks + extra + (generic::UNROLL.ilog2() + lanes.ilog2()) as usize;
+        float_bound(roundings, width, sum_abs)
     };
-    let underflow = width.max(1) as f64 * SUBNORMAL32;
     match kind {
         KernelKind::Scalar => {
             let sum = gamma(width as f64, EPS64);
             (sum + EPS32 * (1.0 + sum)) * sum_abs + SUBNORMAL32
         }
-        KernelKind::Portable => gamma(steps(8, 1), EPS32) * sum_abs + underflow,
-        KernelKind::Avx2 => gamma(steps(8, 0), EPS32) * sum_abs + underflow,
-        KernelKind::Avx512 => gamma(steps(16, 0), EPS32) * sum_abs + underflow,
+        KernelKind::Portable => float(8, 1),
+        KernelKind::Avx2 => float(8, 0),
+        KernelKind::Avx512 => float(16, 0),
     }
+}
+
+/// The same for sums in f32, of which every term passes through at most `roundings`.
+pub(super) fn float_bound(roundings: usize, width: usize, sum_abs: f64) -> f64 {
+    gamma(roundings as f64, EPS32) * sum_abs + width.max(1) as f64 * SUBNORMAL32
+}
+
+fn gamma(n: f64, eps: f64) -> f64 {
+    n * eps / (1.0 - n * eps)
 }

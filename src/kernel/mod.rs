@@ -1,5 +1,6 @@
 #![doc = include_str!("contract.md")]
 
+pub mod cuda;
 mod dispatch;
 mod generic;
 mod many;

@@ -5,6 +5,7 @@
 
 pub mod nvrtc;
 pub mod opencl;
+pub mod ptx;
 
 /// Where every kernel source takes its dialect from.
 pub const PORTABLE: &str = include_str!("../../src/kernel/cuda/portable.h");

@@ -8,6 +8,7 @@ use opencl3::kernel::Kernel;
 use opencl3::memory::{Buffer, CL_MEM_READ_WRITE, ClMem};
 use opencl3::program::Program;
 use opencl3::types::CL_BLOCKING;
+use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
 /// A device with the kernels of one source.
@@ -29,12 +30,16 @@ pub struct Memory {
 pub enum Argument<'a> {
     /// A pointer to the beginning of these bytes.
     Memory(&'a Memory),
+    /// A null pointer.
+    Null,
     /// A 32-bit number.
     U32(u32),
     /// A 64-bit number.
     U64(u64),
     /// A float.
     F32(f32),
+    /// A double.
+    F64(f64),
 }
 
 impl OpenCl {
@@ -87,9 +92,11 @@ impl OpenCl {
             let set = unsafe {
                 match argument {
                     Argument::Memory(m) => kernel.set_arg(i, &m.buffer.get()),
+                    Argument::Null => kernel.set_arg(i, &null_mut::<c_void>()),
                     Argument::U32(v) => kernel.set_arg(i, v),
                     Argument::U64(v) => kernel.set_arg(i, v),
                     Argument::F32(v) => kernel.set_arg(i, v),
+                    Argument::F64(v) => kernel.set_arg(i, v),
                 }
             };
             set.unwrap_or_else(|e| panic!("argument {i} of `{name}`: {e}"));

@@ -42,6 +42,7 @@ pub fn run<T: CudaDType + DeviceRepr, const N: usize>(
                 Argument::U32(v) => builder.arg(v),
                 Argument::U64(v) => builder.arg(v),
                 Argument::F32(v) => builder.arg(v),
+                Argument::F64(v) => builder.arg(v),
             };
         }
         let (grid_dim, block_dim) = ((launch.blocks, 1, 1), (THREADS as u32, 1, 1));

@@ -2,6 +2,38 @@
 // block works on one row, the row is the block's number; else one thread works on one element.
 #include "portable.h"
 
+// ---- Reductions over a block ----
+
+// Sum over the block, the same in every thread; `shared` has THREADS places and may be used again at once.
+DEVICE F32 block_sum(F32 value, SHARED_POINTER F32 *shared) {
+  shared[THREAD] = value;
+  BARRIER;
+  for (U32 step = THREADS / 2; step > 0; step /= 2) {
+    if (THREAD < step) {
+      shared[THREAD] += shared[THREAD + step];
+    }
+    BARRIER;
+  }
+  F32 sum = shared[0];
+  BARRIER;
+  return sum;
+}
+
+// Largest value of the block; NaN is passed over.
+DEVICE F32 block_max(F32 value, SHARED_POINTER F32 *shared) {
+  shared[THREAD] = value;
+  BARRIER;
+  for (U32 step = THREADS / 2; step > 0; step /= 2) {
+    if (THREAD < step) {
+      shared[THREAD] = FMAX(shared[THREAD], shared[THREAD + step]);
+    }
+    BARRIER;
+  }
+  F32 largest = shared[0];
+  BARRIER;
+  return largest;
+}
+
 // ---- RMSNorm ----
 
 DEVICE F32 inverse_rms(F32 squares, U32 width, F32 eps) { return 1.0f / SQRT(squares / (F32)width + eps); }

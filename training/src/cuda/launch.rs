@@ -6,32 +6,10 @@ use crate::model::ops::Activation;
 use crate::quant::BLOCK;
 use candle_core::{Result, bail};
 
-/// Threads of every block.
-pub const THREADS: usize = 256;
+pub use emaudit::kernel::cuda::launch::{Argument, THREADS};
 
-/// A kernel with all it needs; no blocks where there is nothing to do.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Launch<P> {
-    /// Name in `kernels.cu`.
-    pub kernel: &'static str,
-    /// Blocks of [`THREADS`] threads.
-    pub blocks: u32,
-    /// In the kernel's order.
-    pub arguments: Vec<Argument<P>>,
-}
-
-/// One argument of a kernel.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Argument<P> {
-    /// A pointer to contiguous memory.
-    Memory(P),
-    /// A 32-bit number.
-    U32(u32),
-    /// A 64-bit number.
-    U64(u64),
-    /// A float.
-    F32(f32),
-}
+/// A kernel with all it needs.
+pub type Launch<P> = emaudit::kernel::cuda::launch::Launch<Vec<Argument<P>>>;
 
 use Argument::{F32, Memory, U32, U64};
 

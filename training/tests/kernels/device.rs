@@ -56,6 +56,7 @@ pub fn run<const N: usize>(
             Argument::U32(v) => Value::U32(v),
             Argument::U64(v) => Value::U64(v),
             Argument::F32(v) => Value::F32(v),
+            Argument::F64(v) => Value::F64(v),
         };
         let values: Vec<Value> = launch.arguments.iter().map(value).collect();
         cl.run(launch.kernel, launch.blocks as usize, THREADS, &values);
