@@ -154,6 +154,16 @@
 #define EMAUDIT_STATUS_BROKEN_LOG 22
 
 /**
+ * No GPU can be used: no driver, no card, or a library that was built without its support.
+ */
+#define EMAUDIT_STATUS_DEVICE_UNAVAILABLE 23
+
+/**
+ * The GPU's driver refused what it was asked for; the sentence has its name for the error.
+ */
+#define EMAUDIT_STATUS_DEVICE 24
+
+/**
  * In options: the best kernel this CPU has, or the one the environment variable `EMAUDIT_KERNEL` names.
  */
 #define EMAUDIT_KERNEL_DEFAULT 0
@@ -360,6 +370,11 @@
 #define EMAUDIT_ROW_LIMITED 3
 
 /**
+ * Steering on a device: the strength is not finite, or negative for clamp. The row is untouched.
+ */
+#define EMAUDIT_ROW_BAD_STRENGTH 4
+
+/**
  * h -= strength * alpha * v, with v the direction as stored.
  */
 #define EMAUDIT_OPERATION_SUBTRACT 1
@@ -476,6 +491,25 @@
  * its probe.
  */
 typedef struct emaudit_audit emaudit_audit;
+
+/**
+ * A probe whose direction was copied to a GPU. It never changes; share it between threads freely. It keeps what
+ * it needs of its probe.
+ *
+ * The functions that take one score and steer rows in device memory: the `data` of a tensor and every array are
+ * device addresses. They check their arguments and enqueue one kernel on the caller's stream, and neither wait for
+ * the GPU nor copy to the host, allocate or lock; so they may be called while the stream is being captured into a
+ * graph. The CUDA context of the probe must be current in the calling thread, and everything that is passed must
+ * live until the stream has run the kernel.
+ *
+ * What only the GPU sees cannot be a returned status. A row that holds a NaN or an infinity scores NaN, and its row
+ * status is `EMAUDIT_ROW_NON_FINITE`: whoever copies scores or statuses to the host must look. OK means that the
+ * kernel was enqueued; where it fails later, the driver says so at the next synchronisation.
+ *
+ * A card from compute capability 7.5 and a driver from CUDA 12.0 on are needed, nothing else: neither toolkit nor
+ * runtime. The library looks for the driver (`libcuda.so.1`, `nvcuda.dll`) at the first call.
+ */
+typedef struct emaudit_device_probe emaudit_device_probe;
 
 /**
  * An opened, checked direction file. It never changes; share it between threads freely.
@@ -805,7 +839,7 @@ typedef struct emaudit_probe_info {
 } emaudit_probe_info;
 
 /**
- * A borrowed matrix of activations in host memory: `rows` rows of `cols` elements in native byte order,
+ * A borrowed matrix of activations, in host memory where a function does not say otherwise: `rows` rows of `cols` elements in native byte order,
  * contiguous within a row. Row i begins at element `i * row_stride`. The library keeps no pointer to it
  * after the call.
  *
@@ -1773,6 +1807,119 @@ emaudit_status emaudit_steering_check_landed(const struct emaudit_steering *stee
                                              float *deviations,
                                              struct emaudit_landing_report *report,
                                              struct emaudit_error **error);
+
+/**
+ * Copies a probe's direction to the GPU whose context is current in this thread, and loads the kernels there the
+ * first time, when the driver compiles them.
+ *
+ * `*device_probe` receives a handle that the caller frees with `emaudit_device_probe_free`; `probe` may be freed
+ * before it. Waits for the GPU: not while a stream of the context is being captured.
+ *
+ * Errors: INVALID_ARGUMENT (also without a current context), DEVICE_UNAVAILABLE, DEVICE. Threads: any. Allocates, on
+ * the device too.
+ *
+ * # Safety
+ * `probe` is a live handle; `device_probe` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_probe_to_device(const struct emaudit_probe *probe,
+                                       struct emaudit_device_probe **device_probe,
+                                       struct emaudit_error **error);
+
+/**
+ * Frees a device probe and its device memory. NULL is fine. Its context need not be current, and may be gone.
+ *
+ * # Safety
+ * `device_probe` is NULL or a handle that was not freed and that no other thread uses; every stream has run what was
+ * enqueued with it; it is not used again.
+ */
+void emaudit_device_probe_free(struct emaudit_device_probe *device_probe);
+
+/**
+ * As `emaudit_probe_error_bound`, for scores from the GPU.
+ *
+ * Errors: INVALID_ARGUMENT. Threads: any.
+ *
+ * # Safety
+ * `device_probe` is a live handle; `bound` is valid for writing; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_device_probe_error_bound(const struct emaudit_device_probe *device_probe,
+                                                double row_norm,
+                                                double *bound,
+                                                struct emaudit_error **error);
+
+/**
+ * Enqueues the scoring of rows in device memory; see `emaudit_device_probe`.
+ *
+ * `scores` receives `rows->rows` float32 in `unit` (`EMAUDIT_UNIT_*`); `row_status`, unless NULL, as many
+ * `EMAUDIT_ROW_*` bytes. All are device addresses; the arrays must not overlap. `stream` is a `CUstream` or
+ * `cudaStream_t`; NULL is the default stream. With 0 rows nothing is enqueued.
+ *
+ * Scores agree with those of `emaudit_probe_score` within both bounds; see `emaudit_device_probe_error_bound`.
+ *
+ * Errors: INVALID_ARGUMENT, WIDTH_MISMATCH, NOT_CALIBRATED, DEVICE; nothing is enqueued then. Threads: any. On success it
+ * neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * `device_probe` is a live handle; `rows` is valid for the bytes its `struct_size` states and describes device memory of
+ * the probe's context; `scores` and a non-NULL `row_status` are such memory of `rows->rows` elements; none of it is
+ * freed, nor written or, where this call writes, read by others until `stream` has run the kernel; `stream` is NULL or
+ * a live stream of that context; `error` is NULL or valid for writing.
+ */
+emaudit_status emaudit_probe_score_device(const struct emaudit_device_probe *device_probe,
+                                          const struct emaudit_tensor *rows,
+                                          uint32_t unit,
+                                          float *scores,
+                                          uint8_t *row_status,
+                                          void *stream,
+                                          struct emaudit_error **error);
+
+/**
+ * Enqueues the editing of rows in device memory, in place; see `emaudit_device_probe`.
+ *
+ * `steering` was made from the probe that `device_probe` was made from. `strengths`, unless NULL, holds `rows->rows`
+ * float32 multipliers of the edit; NULL means 1. `row_status` receives as many `EMAUDIT_ROW_*` bytes and is not
+ * optional: nothing else tells what was done. All are device addresses; the arrays must not overlap. `stream` is a
+ * `CUstream` or `cudaStream_t`; NULL is the default stream. With 0 rows nothing is enqueued.
+ *
+ * Gate, ceiling, dose limit and the rest as in `emaudit_steering_apply`, which would refuse a strength that is not
+ * finite, or negative for clamp: here its row is left alone as `EMAUDIT_ROW_BAD_STRENGTH`.
+ *
+ * Errors: INVALID_ARGUMENT (also for steering made from another probe), WIDTH_MISMATCH, DEVICE; nothing is enqueued
+ * then. Threads: any. On success it neither allocates nor locks nor blocks.
+ *
+ * # Safety
+ * As `emaudit_probe_score_device`; `steering` is a live handle; `row_status` and a non-NULL `strengths` are device memory
+ * of `rows->rows` elements.
+ */
+emaudit_status emaudit_steer_device(const struct emaudit_device_probe *device_probe,
+                                    const struct emaudit_steering *steering,
+                                    const struct emaudit_tensor *rows,
+                                    const float *strengths,
+                                    uint8_t *row_status,
+                                    void *stream,
+                                    struct emaudit_error **error);
+
+/**
+ * Enqueues one kernel that scores every row as it is and then edits it: each activation is read once. It gives what
+ * `emaudit_probe_score_device` followed by `emaudit_steer_device` gives, to the bit.
+ *
+ * `scores` receives `rows->rows` float32 in `unit` (`EMAUDIT_UNIT_*`), of the rows before the edit, NaN for a row that
+ * holds a NaN or an infinity. The rest as `emaudit_steer_device`.
+ *
+ * Errors and threads: as `emaudit_steer_device`, and NOT_CALIBRATED for calibrated scores.
+ *
+ * # Safety
+ * As `emaudit_steer_device`; `scores` is device memory of `rows->rows` elements.
+ */
+emaudit_status emaudit_score_and_steer_device(const struct emaudit_device_probe *device_probe,
+                                              const struct emaudit_steering *steering,
+                                              const struct emaudit_tensor *rows,
+                                              uint32_t unit,
+                                              float *scores,
+                                              const float *strengths,
+                                              uint8_t *row_status,
+                                              void *stream,
+                                              struct emaudit_error **error);
 
 /**
  * Makes a drift for the layer of a probe.

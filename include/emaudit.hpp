@@ -24,6 +24,7 @@
 #define EMAUDIT_HPP
 
 #include "emaudit/audit.hpp"
+#include "emaudit/device.hpp"
 #include "emaudit/directions.hpp"
 #include "emaudit/drift.hpp"
 #include "emaudit/kernel.hpp"

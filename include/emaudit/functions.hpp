@@ -47,6 +47,12 @@
   X(steering_apply)             \
   X(steering_score_and_apply)   \
   X(steering_check_landed)      \
+  X(probe_to_device)            \
+  X(device_probe_free)          \
+  X(device_probe_error_bound)   \
+  X(probe_score_device)         \
+  X(steer_device)               \
+  X(score_and_steer_device)     \
   X(drift_new)                  \
   X(drift_free)                 \
   X(drift_push)                 \

@@ -45,6 +45,8 @@ enum class Status : std::int32_t {
   not_landed = EMAUDIT_STATUS_NOT_LANDED,
   not_calibrated = EMAUDIT_STATUS_NOT_CALIBRATED,
   broken_log = EMAUDIT_STATUS_BROKEN_LOG,
+  device_unavailable = EMAUDIT_STATUS_DEVICE_UNAVAILABLE,
+  device = EMAUDIT_STATUS_DEVICE,
   /// The library was not found or could not be loaded.
   library_not_found = -1,
   /// A library was found, but it is no emaudit, has another ABI, or lacks a function.
@@ -64,6 +66,7 @@ struct Deleter {
   void operator()(emaudit_directions *handle) const noexcept { functions()->directions_free(handle); }
   void operator()(emaudit_probe *handle) const noexcept { functions()->probe_free(handle); }
   void operator()(emaudit_steering *handle) const noexcept { functions()->steering_free(handle); }
+  void operator()(emaudit_device_probe *handle) const noexcept { functions()->device_probe_free(handle); }
   void operator()(emaudit_probe_slot *handle) const noexcept { functions()->probe_slot_free(handle); }
   void operator()(emaudit_steering_slot *handle) const noexcept { functions()->steering_slot_free(handle); }
   void operator()(emaudit_drift *handle) const noexcept { functions()->drift_free(handle); }

@@ -47,6 +47,8 @@ enum class RowStatus : std::uint8_t {
   non_finite = EMAUDIT_ROW_NON_FINITE,
   gated = EMAUDIT_ROW_GATED,
   limited = EMAUDIT_ROW_LIMITED,
+  /// Steering on a device only.
+  bad_strength = EMAUDIT_ROW_BAD_STRENGTH,
 };
 
 namespace detail {

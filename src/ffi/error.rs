@@ -59,9 +59,13 @@ pub const EMAUDIT_STATUS_NOT_LANDED: i32 = 20;
 pub const EMAUDIT_STATUS_NOT_CALIBRATED: i32 = 21;
 /// An audit log whose chain of hashes does not hold, or that an earlier failed write left incomplete.
 pub const EMAUDIT_STATUS_BROKEN_LOG: i32 = 22;
+/// No GPU can be used: no driver, no card, or a library that was built without its support.
+pub const EMAUDIT_STATUS_DEVICE_UNAVAILABLE: i32 = 23;
+/// The GPU's driver refused what it was asked for; the sentence has its name for the error.
+pub const EMAUDIT_STATUS_DEVICE: i32 = 24;
 
 /// Rust status, its number in C, and its name.
-const STATUSES: [(Status, i32, &CStr); 23] = [
+const STATUSES: [(Status, i32, &CStr); 25] = [
     (Status::Ok, EMAUDIT_STATUS_OK, c"OK"),
     (Status::InvalidArgument, EMAUDIT_STATUS_INVALID_ARGUMENT, c"INVALID_ARGUMENT"),
     (Status::Io, EMAUDIT_STATUS_IO, c"IO"),
@@ -85,6 +89,8 @@ const STATUSES: [(Status, i32, &CStr); 23] = [
     (Status::NotLanded, EMAUDIT_STATUS_NOT_LANDED, c"NOT_LANDED"),
     (Status::NotCalibrated, EMAUDIT_STATUS_NOT_CALIBRATED, c"NOT_CALIBRATED"),
     (Status::BrokenLog, EMAUDIT_STATUS_BROKEN_LOG, c"BROKEN_LOG"),
+    (Status::DeviceUnavailable, EMAUDIT_STATUS_DEVICE_UNAVAILABLE, c"DEVICE_UNAVAILABLE"),
+    (Status::Device, EMAUDIT_STATUS_DEVICE, c"DEVICE"),
 ];
 
 // The numbers above and those of `Status` are one set, in order and without a gap.

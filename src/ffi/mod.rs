@@ -7,6 +7,7 @@
 
 pub mod audit;
 mod boundary;
+pub mod device;
 pub mod directions;
 pub mod drift;
 pub mod error;

@@ -26,6 +26,8 @@ pub const EMAUDIT_ROW_NON_FINITE: u8 = 1;
 pub const EMAUDIT_ROW_GATED: u8 = 2;
 /// Steering: the dose limit made the edit smaller than asked for.
 pub const EMAUDIT_ROW_LIMITED: u8 = 3;
+/// Steering on a device: the strength is not finite, or negative for clamp. The row is untouched.
+pub const EMAUDIT_ROW_BAD_STRENGTH: u8 = 4;
 
 const _: () = assert!(
     EMAUDIT_UNIT_ALIGNED_SD == ScoreUnit::AlignedSd as u32
@@ -34,6 +36,7 @@ const _: () = assert!(
         && EMAUDIT_ROW_NON_FINITE == RowStatus::NonFinite as u8
         && EMAUDIT_ROW_GATED == RowStatus::Gated as u8
         && EMAUDIT_ROW_LIMITED == RowStatus::Limited as u8
+        && EMAUDIT_ROW_BAD_STRENGTH == RowStatus::BadStrength as u8
 );
 
 /// One layer's direction, bound to a kernel. It never changes; share it between threads freely. It keeps its

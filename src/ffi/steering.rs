@@ -22,7 +22,7 @@ pub const EMAUDIT_OPERATION_CLAMP: u32 = 3;
 
 /// A checked way to edit rows, bound to a probe. It never changes; share it between threads freely.
 pub struct emaudit_steering {
-    steering: Steering,
+    pub(super) steering: Steering,
 }
 
 /// How to steer. Begin with `EMAUDIT_STEERING_OPTIONS_INIT` and set at least `operation`.

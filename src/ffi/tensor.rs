@@ -2,6 +2,7 @@
 
 use super::boundary::{Region, Sized32, invalid, read_struct};
 use crate::activations::{Dtype, Rows, RowsMut};
+use crate::device::DeviceRows;
 use crate::error::{Error, Result};
 use std::ffi::c_void;
 use std::mem::offset_of;
@@ -19,7 +20,7 @@ const _: () = assert!(
         && EMAUDIT_DTYPE_BF16 == Dtype::Bf16 as u32
 );
 
-/// A borrowed matrix of activations in host memory: `rows` rows of `cols` elements in native byte order,
+/// A borrowed matrix of activations, in host memory where a function does not say otherwise: `rows` rows of `cols` elements in native byte order,
 /// contiguous within a row. Row i begins at element `i * row_stride`. The library keeps no pointer to it
 /// after the call.
 ///
@@ -92,6 +93,15 @@ impl Checked {
         unsafe {
             Rows::from_raw(self.data.cast_const().cast(), self.dtype, self.rows, self.cols, self.stride)
         }
+    }
+
+    /// The rows on a device.
+    ///
+    /// # Safety
+    /// As [`DeviceRows::from_raw`].
+    pub(super) unsafe fn device_rows(&self) -> Result<DeviceRows> {
+        let address = self.data.addr() as u64;
+        unsafe { DeviceRows::from_raw(address, self.dtype, self.rows, self.cols, self.stride) }
     }
 
     /// The rows for editing.

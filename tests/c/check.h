@@ -72,5 +72,6 @@ void test_audit(void);
 void test_landing(void);
 void test_slot(void);
 void test_log(void);
+void test_device(void);
 
 #endif

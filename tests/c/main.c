@@ -87,6 +87,7 @@ int main(int argc, char **argv) {
   test_landing();
   test_slot();
   test_log();
+  test_device();
   printf("ok: %u checks\n", checks_done);
   return 0;
 }

@@ -3,7 +3,7 @@
 use super::toolchain::root;
 
 /// The files of the ABI, in the order of the header.
-const SOURCES: [&str; 14] = [
+const SOURCES: [&str; 15] = [
     "version",
     "error",
     "kernel",
@@ -13,6 +13,7 @@ const SOURCES: [&str; 14] = [
     "layers",
     "probe",
     "steering",
+    "device",
     "drift",
     "monitor",
     "audit",

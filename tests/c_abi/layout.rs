@@ -313,6 +313,8 @@ fn the_statuses_of_rust_are_those_of_the_table() {
         NotLanded,
         NotCalibrated,
         BrokenLog,
+        DeviceUnavailable,
+        Device,
     ];
     let mut expected = String::new();
     for status in all {

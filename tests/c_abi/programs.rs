@@ -5,7 +5,7 @@ use super::toolchain::{Build, Family, Linkage, Standard, library, root, run, sha
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const C_SOURCES: [&str; 11] = [
+const C_SOURCES: [&str; 12] = [
     "tests/c/main.c",
     "tests/c/open.c",
     "tests/c/trust.c",
@@ -17,6 +17,7 @@ const C_SOURCES: [&str; 11] = [
     "tests/c/audit.c",
     "tests/c/landing.c",
     "tests/c/log.c",
+    "tests/c/device.c",
 ];
 /// Two units that both include the header: what is not inline, or differs, fails to link.
 const CPP_SOURCES: [&str; 2] = ["tests/cpp/main.cpp", "tests/cpp/second_unit.cpp"];
@@ -52,6 +53,36 @@ fn cpp_with_the_static_library() {
 #[test]
 fn cpp_with_the_loaded_library() {
     check_program(Build::new(Standard::Cpp17, Linkage::Loaded), &CPP_SOURCES);
+}
+
+/// A driver that says what it is asked for, in the place of NVIDIA's: one launch a call, and memory that is given back.
+#[cfg(all(target_os = "linux", feature = "cuda"))]
+#[test]
+fn rows_on_a_device_with_a_recorded_driver() {
+    let directory = tempfile::tempdir().unwrap();
+    let here = directory.path();
+    fixture::write_all(here);
+    let mut compiler = Standard::C11.compiler(Family::System);
+    compiler.args(["-shared", "-fPIC", "-o"]).arg(here.join("libcuda.so.1"));
+    run(compiler.arg(root().join("tests/c/recorded_driver.c")));
+    for (standard, sources) in [(Standard::C11, &C_SOURCES[..]), (Standard::Cpp17, &CPP_SOURCES[..])] {
+        let folder = tempfile::tempdir().unwrap();
+        let program = Build::new(standard, Linkage::Shared).run(folder.path(), "program", sources);
+        let output = run(program.command().env("LD_LIBRARY_PATH", here).arg(here));
+        let calls: Vec<&str> = output.lines().filter_map(|line| line.strip_prefix("driver: ")).collect();
+        let count = |what: &str| calls.iter().filter(|call| call.starts_with(what)).count();
+        assert!(count("launch") > 0 && count("load") > 0, "{output}");
+        assert_eq!(count("load"), count("unload"), "{output}");
+        assert_eq!(count("allocate"), count("free"), "{output}");
+        // Nothing but launches between setting up and giving back, in the order of the program.
+        let first = calls.iter().position(|call| call.starts_with("launch")).unwrap();
+        let launches: Vec<_> = calls[first..].iter().take_while(|call| call.starts_with("launch")).collect();
+        let kernels = ["score_f32", "steer_f16", "steer_bf16"];
+        assert_eq!(launches.len(), kernels.len(), "{output}");
+        for (launch, kernel) in launches.into_iter().zip(kernels) {
+            assert!(launch.starts_with(&format!("launch {kernel} x 1 on 0x40 at ")), "{launch}");
+        }
+    }
 }
 
 #[test]

@@ -415,6 +415,29 @@ void test_log(const std::string &path) {
   CHECK(again && again->info().records == 2 && again->info().head == head);
 }
 
+void test_device(const emaudit::Probe &probe) {
+  auto device = emaudit::DeviceProbe::make(probe);
+  if (!device) {
+    // No driver, or one whose context nobody has made current.
+    CHECK(device.status() == Status::device_unavailable || device.status() == Status::invalid_argument);
+    CHECK(std::strlen(device.error().message()) > 20);
+    return;
+  }
+  const auto at = [](std::uintptr_t address) { return reinterpret_cast<void *>(address); };
+  auto *scores = static_cast<float *>(at(0x20000)), *strengths = static_cast<float *>(at(0x30000));
+  auto *status = static_cast<emaudit::RowStatus *>(at(0x40000));
+  auto steering = emaudit::Steering::make(probe, {});
+  CHECK(steering);
+  const auto f32 = emaudit::DeviceRows::f32(at(0x10000), 2, width), f16 = emaudit::DeviceRows::f16(at(0x10000), 2, width);
+  const auto bf16 = emaudit::DeviceRows::bf16(at(0x10000), 2, width, width + 1);
+  CHECK(device->score(f32, scores, at(0x40)));
+  CHECK(device->steer(*steering, f16, status, at(0x40)));
+  CHECK(device->score_and_steer(*steering, bf16, scores, status, at(0x40), emaudit::Unit::raw, strengths));
+  CHECK(device->steer(*steering, f16, nullptr, at(0x40)).status() == Status::invalid_argument);
+  CHECK(device->score(emaudit::DeviceRows::f32(at(0x10000), 2, 1), scores, nullptr).status() == Status::width_mismatch);
+  CHECK(device->error_bound(1.0) && *device->error_bound(1.0) > 0.0);
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
@@ -447,6 +470,7 @@ int main(int argc, char **argv) {
   test_drift(*probe);
   test_monitor(*probe);
   test_audit(*probe);
+  test_device(*probe);
   test_log(fixtures + "/audit-cpp.jsonl");
   CHECK(emaudit::Log::open(fixtures + "/text.safetensors").status() == Status::broken_log);
   CHECK(probe_of_file(fixtures + "/text.safetensors").status() == Status::not_a_direction_file);
