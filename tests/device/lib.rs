@@ -3,6 +3,7 @@
 //! Kernels are CUDA C in the dialect of `src/kernel/cuda/portable.h`, which is OpenCL C as well. What runs here is their
 //! logic, not the machine code a GPU would run.
 
+pub mod gpu;
 pub mod nvrtc;
 pub mod opencl;
 pub mod ptx;
