@@ -3,7 +3,8 @@
 //! The way data takes, one module per step: [`directions`] (file, mapped or copied, checked whole) ->
 //! [`probe`] (one layer bound to one kernel) -> scores -> [`monitor`] (one sequence) -> [`verdict`].
 //! [`drift`] watches whether calm sequences still score as they did in calibration; while they do not, verdicts are
-//! stale. [`log`] keeps verdicts in a chain. [`audit`] judges a model by many sequences, against the stated rate. [`steering`] edits rows in place; [`reload`]
+//! stale. [`log`] keeps verdicts in a chain. [`audit`] judges a model by many sequences, against the stated rate. [`steering`] edits rows in place; [`device`]
+//! does both where rows live on a GPU; [`reload`]
 //! replaces what is being served; [`controls`] makes the seeded directions that a claim must beat;
 //! [`kernel`] is arithmetic only; [`ffi`] is the C ABI over all of it.
 //!
