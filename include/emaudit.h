@@ -500,7 +500,7 @@ typedef struct emaudit_audit emaudit_audit;
  * device addresses. They check their arguments and enqueue one kernel on the caller's stream, and neither wait for
  * the GPU nor copy to the host, allocate or lock; so they may be called while the stream is being captured into a
  * graph. The CUDA context of the probe must be current in the calling thread, and everything that is passed must
- * live until the stream has run the kernel.
+ * live until the stream has run the kernel; what a graph holds, as long as it may be launched.
  *
  * What only the GPU sees cannot be a returned status. A row that holds a NaN or an infinity scores NaN, and its row
  * status is `EMAUDIT_ROW_NON_FINITE`: whoever copies scores or statuses to the host must look. OK means that the

@@ -51,8 +51,8 @@ impl<T> DeviceSlice<T> {
     /// Errors: [`Error::InvalidArgument`] for a null or misaligned address or an impossible length.
     ///
     /// # Safety
-    /// Until the stream has run what is enqueued with it, the elements are memory that the context can reach, and
-    /// nothing else writes to them, nor reads what the call writes.
+    /// Until the stream has run what is enqueued with it, with a graph every time, the elements are memory that the
+    /// context can reach, and nothing else writes to them, nor reads what the call writes.
     pub unsafe fn from_raw(address: u64, len: usize) -> Result<Self> {
         check_address(address, len, size_of::<T>(), "an array")?;
         Ok(DeviceSlice { address, len, of: PhantomData })
@@ -120,7 +120,7 @@ fn check_address(address: u64, elements: usize, size: usize, what: &str) -> Resu
 /// A probe whose direction is in memory of a GPU.
 ///
 /// Immutable, `Send` and `Sync`; a clone shares everything. Drop it only when every stream has run what was enqueued
-/// with it. Calls need its context to be current, as all work on a stream does.
+/// with it, and no graph that holds such a call will be launched again. Calls need its context to be current, as all work on a stream does.
 #[derive(Clone, Debug)]
 pub struct DeviceProbe {
     probe: Probe,
