@@ -64,6 +64,8 @@ pub fn csv(results: &StudyResults) -> Vec<(String, String)> {
 const CELL: i32 = 96;
 const LEFT: i32 = 130;
 const TOP: i32 = 60;
+/// More than a letter of the labels takes.
+const LETTER: i32 = 8;
 
 /// Donors by receivers: the deeper the colour, the larger the effect; a ring marks what beats all its controls.
 fn topology(results: &StudyResults) -> Result<String> {
@@ -74,6 +76,8 @@ fn topology(results: &StudyResults) -> Result<String> {
         }
     }
     let n = names.len() as i32;
+    let label = LETTER * names.iter().map(|name| name.len() as i32 + 1).max().unwrap_or(0);
+    let (width, left) = (CELL.max(label), LEFT.max(label + LETTER));
     let native = |model: &str| results.models.iter().find(|m| m.model == model).map(|m| &m.results.evidence);
     let cell = |from: &str, to: &str| -> Option<(f64, bool)> {
         if from == to {
@@ -86,7 +90,7 @@ fn topology(results: &StudyResults) -> Result<String> {
     };
     let every = names.iter().flat_map(|f| names.iter().filter_map(|t| cell(f, t)));
     let largest = every.map(|(e, _)| e).fold(f64::MIN_POSITIVE, f64::max);
-    let size = ((LEFT + n * CELL + 10) as u32, (TOP + n * CELL + 10) as u32);
+    let size = ((left + n * width + 10) as u32, (TOP + n * CELL + 10) as u32);
     let draw = |area: &Area| -> Result<()> {
         let text = |text: &str, at, h| {
             canvas::write(area, text, at, canvas::font(13.0, canvas::INK, h, VPos::Center))
@@ -94,13 +98,13 @@ fn topology(results: &StudyResults) -> Result<String> {
         text("gives \u{2193}  receives \u{2192}", (4, TOP / 2), HPos::Left)?;
         for (i, from) in names.iter().enumerate() {
             let y = TOP + i as i32 * CELL;
-            text(from, (LEFT - 8, y + CELL / 2), HPos::Right)?;
-            text(names[i], (LEFT + i as i32 * CELL + CELL / 2, TOP - 14), HPos::Center)?;
+            text(from, (left - LETTER, y + CELL / 2), HPos::Right)?;
+            text(names[i], (left + i as i32 * width + width / 2, TOP - 14), HPos::Center)?;
             for (j, to) in names.iter().enumerate() {
-                let x = LEFT + j as i32 * CELL;
-                let corners = [(x + 3, y + 3), (x + CELL - 3, y + CELL - 3)];
+                let x = left + j as i32 * width;
+                let corners = [(x + 3, y + 3), (x + width - 3, y + CELL - 3)];
                 let Some((effect, specific)) = cell(from, to) else {
-                    text("\u{2013}", (x + CELL / 2, y + CELL / 2), HPos::Center)?;
+                    text("\u{2013}", (x + width / 2, y + CELL / 2), HPos::Center)?;
                     continue;
                 };
                 let share = (effect / largest).clamp(0.0, 1.0);
@@ -108,7 +112,7 @@ fn topology(results: &StudyResults) -> Result<String> {
                 if specific {
                     area.draw(&Rectangle::new(corners, canvas::INK.stroke_width(2)))?;
                 }
-                text(&fixed(effect, 2), (x + CELL / 2, y + CELL / 2), HPos::Center)?;
+                text(&fixed(effect, 2), (x + width / 2, y + CELL / 2), HPos::Center)?;
             }
         }
         Ok(())
