@@ -1,6 +1,7 @@
 //! The Python module `emaudit._native`: the library over tensors that others own. `python/emaudit` is what users import.
 
 mod audit;
+mod device;
 mod directions;
 mod error;
 mod monitor;
@@ -18,6 +19,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<probe::Probe>()?;
     module.add_class::<probe::Steering>()?;
     module.add_class::<probe::SteerReport>()?;
+    module.add_class::<device::DeviceProbe>()?;
     module.add_class::<monitor::State>()?;
     module.add_class::<monitor::Verdict>()?;
     module.add_class::<monitor::Monitor>()?;

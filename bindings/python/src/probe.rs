@@ -1,5 +1,6 @@
 //! Probes and steering: rows of other libraries in, numpy arrays out, the GIL released while it works.
 
+use crate::device::DeviceProbe;
 use crate::directions::Directions;
 use crate::error::{OrRaise, invalid, raised};
 use crate::tensor::{Output, View, bytes, floats};
@@ -11,7 +12,7 @@ use std::sync::Arc;
 #[pyclass(frozen, module = "emaudit")]
 pub struct Probe(pub emaudit::Probe);
 
-fn unit(py: Python<'_>, name: &str) -> PyResult<ScoreUnit> {
+pub fn unit(py: Python<'_>, name: &str) -> PyResult<ScoreUnit> {
     match name {
         "aligned_sd" => Ok(ScoreUnit::AlignedSd),
         "raw" => Ok(ScoreUnit::Raw),
@@ -142,6 +143,11 @@ impl Probe {
         self.0.error_bound(row_norm)
     }
 
+    /// A copy of it on the GPU whose CUDA context is current in this thread.
+    fn to_device(&self, py: Python<'_>) -> PyResult<DeviceProbe> {
+        DeviceProbe::new(py, self)
+    }
+
     fn __repr__(&self) -> String {
         let layer = self.0.layer().map_or("vectors".into(), |layer| format!("layer {layer}"));
         format!("<Probe of {layer}, width {}, kernel {}>", self.0.width(), self.0.kernel())
@@ -150,7 +156,7 @@ impl Probe {
 
 /// Edits rows in place along a probe's direction. Immutable; may be shared between threads.
 #[pyclass(frozen, module = "emaudit")]
-pub struct Steering(emaudit::Steering);
+pub struct Steering(pub emaudit::Steering);
 
 /// What a call did.
 #[pyclass(frozen, get_all, module = "emaudit")]

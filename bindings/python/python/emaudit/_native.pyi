@@ -9,6 +9,10 @@ class _Exportable(Protocol):
     def __dlpack__(self) -> Any: ...
     def __dlpack_device__(self) -> tuple[Any, int]: ...
 
+class _OnDevice(Protocol):
+    def __dlpack__(self, *, stream: int | None = ...) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
 _Rows: TypeAlias = _Exportable
 _Unit: TypeAlias = Literal["aligned_sd", "raw"]
 _Statistic: TypeAlias = Literal["mean", "max", "last"]
@@ -120,6 +124,53 @@ class Probe:
     def offset(self) -> float: ...
     @property
     def direction_norm(self) -> float: ...
+    def error_bound(self, row_norm: float) -> float:
+        """How far a raw score of a row of that norm can be from the exact one."""
+    def to_device(self) -> DeviceProbe:
+        """A copy of it on the GPU whose CUDA context is current in this thread; after an operation of torch on a GPU it is.
+        Waits for the GPU: not while a graph is captured. Raises with the status 23 where no GPU can be used."""
+
+@final
+class DeviceProbe:
+    """Scores and steers rows on an NVIDIA GPU, where they lie. Immutable; may be shared between threads.
+
+    Everything passed is a tensor on the GPU of the probe, whose CUDA context is current: rows [..., width], float32, float16 or
+    bfloat16, and contiguous arrays with one element per row, in the shape [...] or flat. A call checks them, enqueues one
+    kernel on `stream` (a handle, as torch's `cuda_stream`; 0 is the legacy default stream) and returns: nothing waits.
+
+    All of them, and the probe, must live until the stream has run the kernel, and nobody else may use them meanwhile. Tensors
+    of torch may be let go at once if they were made on the same stream: its memory is used again in the order of the stream.
+
+    What only the GPU sees raises nothing. `status` says it, a uint8 per row: 0 ok, 1 not finite (score NaN), 2 kept out by the
+    gate, 3 made smaller by the dose limit, 4 strength not finite or, for a clamp, negative. Rows with 1, 2 or 4 are left as they
+    were."""
+
+    def score(
+        self, rows: _OnDevice, scores: _OnDevice, *, unit: _Unit = "aligned_sd", status: _OnDevice | None = None, stream: int = 0
+    ) -> None:
+        """Enqueues the scoring of every row into `scores`, float32; NaN for a row that is not finite."""
+    def steer(
+        self,
+        steering: Steering,
+        rows: _OnDevice,
+        status: _OnDevice,
+        *,
+        strengths: _OnDevice | None = None,
+        stream: int = 0,
+    ) -> None:
+        """Enqueues the editing of every row in place. `steering` was made from the same probe; `strengths` is float32."""
+    def score_and_steer(
+        self,
+        steering: Steering,
+        rows: _OnDevice,
+        scores: _OnDevice,
+        status: _OnDevice,
+        *,
+        unit: _Unit = "aligned_sd",
+        strengths: _OnDevice | None = None,
+        stream: int = 0,
+    ) -> None:
+        """The scores of the rows as they were, and the edit, in one kernel."""
     def error_bound(self, row_norm: float) -> float:
         """How far a raw score of a row of that norm can be from the exact one."""
 
