@@ -498,7 +498,7 @@ typedef struct emaudit_audit emaudit_audit;
  *
  * The functions that take one score and steer rows in device memory: the `data` of a tensor and every array are
  * device addresses. They check their arguments and enqueue one kernel on the caller's stream, and neither wait for
- * the GPU nor copy to the host, allocate or lock; so they may be called while the stream is being captured into a
+ * the GPU nor copy to the host, allocate or lock, beyond what the driver does to enqueue; so they may be called while the stream is being captured into a
  * graph. The CUDA context of the probe must be current in the calling thread, and everything that is passed must
  * live until the stream has run the kernel; what a graph holds, as long as it may be launched.
  *
@@ -1826,11 +1826,13 @@ emaudit_status emaudit_probe_to_device(const struct emaudit_probe *probe,
                                        struct emaudit_error **error);
 
 /**
- * Frees a device probe and its device memory. NULL is fine. Its context need not be current, and may be gone.
+ * Frees a device probe and its device memory. NULL is fine. Its context need not be current; of a primary context that
+ * was reset nothing is touched. May wait for the GPU: not while a stream of the context is being captured.
  *
  * # Safety
  * `device_probe` is NULL or a handle that was not freed and that no other thread uses; every stream has run what was
- * enqueued with it; it is not used again.
+ * enqueued with it, and no graph that holds such a call is launched again; it is not used again; its context was not
+ * destroyed by cuCtxDestroy.
  */
 void emaudit_device_probe_free(struct emaudit_device_probe *device_probe);
 
@@ -1900,7 +1902,7 @@ emaudit_status emaudit_steer_device(const struct emaudit_device_probe *device_pr
                                     struct emaudit_error **error);
 
 /**
- * Enqueues one kernel that scores every row as it is and then edits it: each activation is read once. It gives what
+ * Enqueues one kernel that scores every row as it is and then edits it, without reading most rows again. It gives what
  * `emaudit_probe_score_device` followed by `emaudit_steer_device` gives, to the bit.
  *
  * `scores` receives `rows->rows` float32 in `unit` (`EMAUDIT_UNIT_*`), of the rows before the edit, NaN for a row that

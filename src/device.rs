@@ -1,27 +1,25 @@
 //! Scoring and steering rows that live on an NVIDIA GPU, on the caller's stream.
 //!
-//! Nothing here waits for the GPU, copies to the host, allocates or locks once a [`DeviceProbe`] is made: a call checks
-//! its arguments and enqueues one kernel, also while the stream is being captured into a graph. So what only the GPU
+//! Nothing here waits for the GPU, copies to the host, allocates or locks once a [`DeviceProbe`] is made, beyond what the
+//! driver does to enqueue: a call checks its arguments and enqueues one kernel, also while the stream is being captured into a graph. So what only the GPU
 //! sees cannot be a returned error: a row that is not finite has a NaN for a score and [`RowStatus::NonFinite`], and a
 //! strength that steering refuses leaves its row alone with [`RowStatus::BadStrength`]. Whoever steers without looking
 //! at the statuses does not know what was done.
 //!
 //! Each call reads every activation once, and writes it once where it is edited: rows of up to 8192 elements stay in
-//! registers between scoring and editing, where address and row stride are multiples of 16 bytes and the width is one of 8;
-//! other rows are read twice. Scores, statuses and strengths are 9 bytes a row; directions come from the cache.
+//! registers between scoring and editing, where address and row stride are multiples of 16 bytes and the width is one of 8.
+//! Other rows are read twice, and so are those in a block with one whose sum of squares f32 cannot hold (a row of zeros, one
+//! that is not finite) or whose edit comes near the end of the dtype's range. Scores, statuses and strengths are 9 bytes a row; directions come from the cache.
 
 use crate::activations::Dtype;
 use crate::error::{Error, Result};
 use crate::kernel::cuda::driver::{Driver, Handle, Memory, Module};
-use crate::kernel::cuda::launch::{self, Matrix, SteerMemory};
+use crate::kernel::cuda::launch::{self, Matrix, SteerMemory, VECTOR};
 use crate::probe::{Probe, RowStatus, ScoreUnit, check_length};
 use crate::steering::Steering;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::Arc;
-
-/// Elements that the kernels take from a direction at a time.
-const VECTOR: usize = 8;
 
 /// A stream of the driver (`CUstream`, `cudaStream_t`); null is the default stream of the context.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +29,10 @@ impl DeviceStream {
     /// The stream with this handle.
     ///
     /// # Safety
-    /// It is null, one of the driver's special handles, or a stream that lives as long as the value.
+    /// - It is null, one of the driver's special handles, or a stream that lives as long as the value, of the context in
+    ///   which every [`DeviceProbe`] used with it was made.
+    /// - Each of those lives until the stream has run what was enqueued with it, and as long as a graph captured from the
+    ///   stream may be launched.
     pub unsafe fn from_raw(stream: *mut c_void) -> Self {
         DeviceStream(stream)
     }
@@ -52,7 +53,8 @@ impl<T> DeviceSlice<T> {
     ///
     /// # Safety
     /// Until the stream has run what is enqueued with it, with a graph every time, the elements are memory that the
-    /// context can reach, and nothing else writes to them, nor reads what the call writes.
+    /// context can reach, nothing else writes to them, nor reads what the call writes, and no other argument of the call
+    /// overlaps with them where either is written.
     pub unsafe fn from_raw(address: u64, len: usize) -> Result<Self> {
         check_address(address, len, size_of::<T>(), "an array")?;
         Ok(DeviceSlice { address, len, of: PhantomData })
@@ -131,8 +133,8 @@ pub struct DeviceProbe {
 
 impl DeviceProbe {
     /// Copies a probe's direction into the context that is current in this thread, and loads the kernels there if
-    /// nobody has: the first time the driver compiles them, which takes a moment. Waits for the GPU: not for a stream
-    /// that is being captured.
+    /// nobody has: the first time the driver compiles them, which takes a moment. It waits for the GPU: neither this nor
+    /// dropping the last clone may be done while a stream of the context is being captured.
     ///
     /// Errors: [`Error::DeviceUnavailable`] without a driver or a card; [`Error::InvalidArgument`] without a current
     /// context; [`Error::Device`] for what the driver refuses.

@@ -34,7 +34,8 @@ unsafe extern "C" fn current(context: *mut Handle) -> c_int {
 }
 
 unsafe extern "C" fn context_id(context: Handle, id: *mut u64) -> c_int {
-    unsafe { id.write(context.addr() as u64 + 1000) };
+    let another = if FAILS.get().0 == "another" { 1 } else { 0 };
+    unsafe { id.write(context.addr() as u64 + 1000 + another) };
     log("id", format!("id of {}", context.addr()))
 }
 
@@ -203,8 +204,8 @@ fn setting_up_loads_once_and_calls_only_launch() {
     // Whatever is current by then, things are freed where they were made; the kernels go last.
     CONTEXT.set(0);
     drop((on_device, another));
-    let free = ["push 42", "free 0x100000", "pop"];
-    let expected = [&free[..], &free[..], &["push 42", "unload 77", "pop"]].concat();
+    let free = ["push 42", "id of 42", "free 0x100000", "pop"];
+    let expected = [&free[..], &free[..], &["push 42", "id of 42", "unload 77", "pop"]].concat();
     assert_eq!(taken(), expected);
 }
 
@@ -220,6 +221,13 @@ fn contexts_have_their_own_kernels() {
     FAILS.set(("push", 709));
     drop((one, two));
     assert!(taken().iter().all(|line| line.starts_with("push")));
+    FAILS.set(("", 0));
+    // And where another context has its address, nothing of that one is touched.
+    let three = DeviceProbe::with_driver(&probe, driver).unwrap();
+    taken();
+    FAILS.set(("another", 0));
+    drop(three);
+    assert_eq!(taken(), ["push 2", "id of 2", "pop", "push 2", "id of 2", "pop"]);
     FAILS.set(("", 0));
 }
 

@@ -401,10 +401,7 @@ impl Steering {
 
     /// The vector that is taken off, times what each row needs: the raw direction for [`Operation::Subtract`], else the unit one.
     pub fn vector(&self) -> &[f32] {
-        match self.options.operation {
-            Operation::Subtract { .. } => self.probe.direction(),
-            _ => self.probe.unit_direction(),
-        }
+        if self.takes_raw_direction() { self.probe.direction() } else { self.probe.unit_direction() }
     }
 
     /// How much of it: `h -= c * vector`.

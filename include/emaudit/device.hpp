@@ -47,7 +47,8 @@ class DeviceRows {
 
 /// A probe whose direction was copied to a GPU; see emaudit_device_probe. The arrays of every call have one element per
 /// row and live on the device until the stream has run the kernel. What only the GPU sees is no error: look at the
-/// scores (NaN) or the statuses.
+/// scores (NaN) or the statuses. It must outlive what was enqueued with it and every graph that holds such a call: no
+/// local variable of the function that enqueues.
 class DeviceProbe {
  public:
   /// Copies the direction to the GPU whose context is current. device_unavailable where there is none.

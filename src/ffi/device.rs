@@ -17,7 +17,7 @@ use std::ffi::c_void;
 ///
 /// The functions that take one score and steer rows in device memory: the `data` of a tensor and every array are
 /// device addresses. They check their arguments and enqueue one kernel on the caller's stream, and neither wait for
-/// the GPU nor copy to the host, allocate or lock; so they may be called while the stream is being captured into a
+/// the GPU nor copy to the host, allocate or lock, beyond what the driver does to enqueue; so they may be called while the stream is being captured into a
 /// graph. The CUDA context of the probe must be current in the calling thread, and everything that is passed must
 /// live until the stream has run the kernel; what a graph holds, as long as it may be launched.
 ///
@@ -59,11 +59,13 @@ pub unsafe extern "C" fn emaudit_probe_to_device(
     unsafe { guard(error, body) }
 }
 
-/// Frees a device probe and its device memory. NULL is fine. Its context need not be current, and may be gone.
+/// Frees a device probe and its device memory. NULL is fine. Its context need not be current; of a primary context that
+/// was reset nothing is touched. May wait for the GPU: not while a stream of the context is being captured.
 ///
 /// # Safety
 /// `device_probe` is NULL or a handle that was not freed and that no other thread uses; every stream has run what was
-/// enqueued with it; it is not used again.
+/// enqueued with it, and no graph that holds such a call is launched again; it is not used again; its context was not
+/// destroyed by cuCtxDestroy.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn emaudit_device_probe_free(device_probe: *mut emaudit_device_probe) {
     // SAFETY: handles are made by `hand_out`.
@@ -237,7 +239,7 @@ pub unsafe extern "C" fn emaudit_steer_device(
     unsafe { guard(error, || steer(device_probe, steering, &call)) }
 }
 
-/// Enqueues one kernel that scores every row as it is and then edits it: each activation is read once. It gives what
+/// Enqueues one kernel that scores every row as it is and then edits it, without reading most rows again. It gives what
 /// `emaudit_probe_score_device` followed by `emaudit_steer_device` gives, to the bit.
 ///
 /// `scores` receives `rows->rows` float32 in `unit` (`EMAUDIT_UNIT_*`), of the rows before the edit, NaN for a row that

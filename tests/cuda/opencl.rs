@@ -74,18 +74,24 @@ impl Device for OpenCl {
     ) -> Outcome<T> {
         let n = batch.rows;
         let direction = padded(probe.unit_direction());
-        let memory = [
-            self.memory(&batch.data, GUARD),
-            self.memory(&direction, GUARD),
-            self.memory(&vec![0.0f32; n], GUARD),
-            self.memory(&vec![0x77u8; n], GUARD),
+        let memory = vec![
+            Some(self.memory(&batch.data, GUARD)),
+            Some(self.memory(&direction, GUARD)),
+            Some(self.memory(&vec![0.0f32; n], GUARD)),
+            // Statuses can be left out; the scores then say the same.
+            aligned.then(|| self.memory(&vec![0x77u8; n], GUARD)),
         ];
-        let arrays = Arrays { memory: memory.map(Some).into() };
+        let arrays = Arrays { memory };
         arrays.run(self, &launch::score(matrix(batch, aligned), 1, 2, 3, &probe.scale(unit)).unwrap());
         let rows = arrays.read(self, 0, batch.data.len());
         assert!(bytemuck::cast_slice::<T, u8>(&rows) == bytemuck::cast_slice::<T, u8>(&batch.data));
         assert_eq!(arrays.read::<f32>(self, 1, direction.len()), direction);
-        Outcome { scores: arrays.read(self, 2, n), status: row_status(&arrays.read::<u8>(self, 3, n)), rows }
+        let scores: Vec<f32> = arrays.read(self, 2, n);
+        let status = match aligned {
+            true => row_status(&arrays.read::<u8>(self, 3, n)),
+            false => row_status(&scores.iter().map(|s| u8::from(s.is_nan())).collect::<Vec<_>>()),
+        };
+        Outcome { scores, status, rows }
     }
 
     fn steer<T: Element + Pod>(

@@ -139,12 +139,16 @@ impl Context {
         Ok(Context { handle, id })
     }
 
-    /// Runs `work` with this context current, whatever was before; not at all where it is gone.
+    /// Runs `work` with this context current, whatever was before; not at all where it is gone, be it that another one
+    /// has its address now.
     fn during(&self, driver: &Driver, work: impl FnOnce() -> Status) {
-        // SAFETY: the driver refuses a context that was destroyed; what is pushed is popped again.
+        let mut id = 0;
+        // SAFETY: `id` can be written; the driver refuses a handle that is no context; what is pushed is popped again.
         unsafe {
             if (driver.push)(self.handle) == 0 {
-                work();
+                if (driver.context_id)(self.handle, &mut id) == 0 && id == self.id {
+                    work();
+                }
                 (driver.pop)(&mut null_mut());
             }
         }
@@ -234,7 +238,8 @@ impl Module {
     ///
     /// # Safety
     /// - The launch is one of [`super::launch`], with addresses of this context's memory, each as large as the launch
-    ///   takes it to be, that lives until the stream has run it and that nothing else uses meanwhile.
+    ///   takes it to be, disjoint where they are written, that lives until the stream has run it, with a graph for the
+    ///   last time, and that nothing else uses meanwhile. The module lives as long.
     /// - `stream` is null or a stream of this context.
     pub(crate) unsafe fn launch<const N: usize>(
         &self,

@@ -3,7 +3,8 @@
 // A team of threads works on each row, and a block has THREADS / team teams. A thread takes VECTOR neighbouring elements
 // at a time, those of its team side by side. Kernels ending in `_wide` load and store 16 bytes at once: address, stride
 // and width are multiples of 16 bytes and of VECTOR. They keep up to KEPT times VECTOR elements a thread in registers
-// between scoring and editing, so each row is read once; the others, and longer rows, read again what is not kept.
+// between scoring and editing, so each row is read once; the others, and longer rows, read again what is not kept, and
+// so does a block with a row whose sum of squares f32 cannot hold or whose edit comes near the end of the dtype's range.
 #include "portable.h"
 
 #define VECTOR 8
@@ -265,7 +266,8 @@ DEVICE void steer_rows(U32 dtype, U32 wide, GLOBAL void *rows, GLOBAL const F32 
   U32 number = THREAD / team, teams = THREADS / team;
   GLOBAL void *row = t->live ? (GLOBAL void *)row_at(dtype, rows, t->row * stride) : rows;
   width = t->live ? width : 0;
-  F32 kept[KEPT][VECTOR], dot = 0.0f, squares = 0.0f;
+  // A team without a row has nothing to sum up again.
+  F32 kept[KEPT][VECTOR], dot = 0.0f, squares = t->live ? 0.0f : 1.0f;
 
 #define ADD(h, at)                                                                                                     \
   F32 u[VECTOR];                                                                                                       \

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 pub const THREADS: usize = 256;
 
 /// Elements a thread takes at a time, and how many of those it keeps in registers; `VECTOR` and `KEPT` of kernels.cu.
-pub(super) const VECTOR: usize = 8;
+pub(crate) const VECTOR: usize = 8;
 const KEPT: usize = 4;
 
 /// Threads of the smallest team; `LEAST_TEAM` of kernels.cu.
