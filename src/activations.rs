@@ -114,13 +114,13 @@ impl Element for bf16 {
     }
 }
 
-/// Where the rows lie. Shared by both views; validated once when it is made.
+/// Where the rows lie. Shared by all views; validated once when one is made.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    dtype: Dtype,
-    rows: usize,
-    cols: usize,
-    stride: usize,
+pub(crate) struct Layout {
+    pub(crate) dtype: Dtype,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) stride: usize,
 }
 
 impl Layout {
@@ -138,7 +138,7 @@ impl Layout {
     }
 
     #[inline]
-    fn check_disjoint(&self) -> Result<()> {
+    pub(crate) fn check_disjoint(&self) -> Result<()> {
         if self.rows > 1 && self.stride < self.cols {
             let Layout { stride, cols, .. } = self;
             let reason = format!("rows to edit overlap: row stride {stride} is below {cols} columns");
@@ -154,7 +154,7 @@ impl Layout {
     }
 
     #[inline]
-    fn check_pointer(&self, address: usize) -> Result<()> {
+    pub(crate) fn check_pointer(&self, address: usize) -> Result<()> {
         if self.extent()? == 0 {
             return Ok(());
         }

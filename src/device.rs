@@ -1,17 +1,18 @@
 //! Scoring and steering rows that live on an NVIDIA GPU, on the caller's stream.
 //!
 //! Nothing here waits for the GPU, copies to the host, allocates or locks once a [`DeviceProbe`] is made, beyond what the
-//! driver does to enqueue: a call checks its arguments and enqueues one kernel, also while the stream is being captured into a graph. So what only the GPU
-//! sees cannot be a returned error: a row that is not finite has a NaN for a score and [`RowStatus::NonFinite`], and a
-//! strength that steering refuses leaves its row alone with [`RowStatus::BadStrength`]. Whoever steers without looking
-//! at the statuses does not know what was done.
+//! driver does to enqueue: a call checks its arguments and enqueues one kernel, also while the stream is being captured
+//! into a graph. So what only the GPU sees cannot be a returned error: a row that is not finite has a NaN for a score and
+//! [`RowStatus::NonFinite`], and a strength that steering refuses leaves its row alone with [`RowStatus::BadStrength`].
+//! Whoever steers without looking at the statuses does not know what was done.
 //!
 //! Each call reads every activation once, and writes it once where it is edited: rows of up to 8192 elements stay in
-//! registers between scoring and editing, where address and row stride are multiples of 16 bytes and the width is one of 8.
-//! Other rows are read twice, and so are those in a block with one whose sum of squares f32 cannot hold (a row of zeros, one
-//! that is not finite) or whose edit comes near the end of the dtype's range. Scores, statuses and strengths are 9 bytes a row; directions come from the cache.
+//! registers between scoring and editing, where address and row stride are multiples of 16 bytes and the width is one of
+//! 8. Other rows are read twice, and so are those in a block with one whose sum of squares f32 cannot hold (a row of
+//! zeros, one that is not finite) or whose edit comes near the end of the dtype's range. Scores, statuses and strengths
+//! are 9 bytes a row; directions come from the cache.
 
-use crate::activations::Dtype;
+use crate::activations::{Dtype, Layout};
 use crate::error::{Error, Result};
 use crate::kernel::cuda::driver::{Driver, Handle, Memory, Module};
 use crate::kernel::cuda::launch::{self, Matrix, SteerMemory, VECTOR};
@@ -56,7 +57,14 @@ impl<T> DeviceSlice<T> {
     /// context can reach, nothing else writes to them, nor reads what the call writes, and no other argument of the call
     /// overlaps with them where either is written.
     pub unsafe fn from_raw(address: u64, len: usize) -> Result<Self> {
-        check_address(address, len, size_of::<T>(), "an array")?;
+        let size = size_of::<T>();
+        let refuse = |reason: &str| Err(Error::InvalidArgument(format!("an array on the device {reason}")));
+        if len > 0 && len.checked_mul(size).is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return refuse("exceeds the address space");
+        }
+        if len > 0 && (address == 0 || !address.is_multiple_of(size as u64)) {
+            return refuse("is at a null address or not aligned to its elements");
+        }
         Ok(DeviceSlice { address, len, of: PhantomData })
     }
 }
@@ -65,10 +73,7 @@ impl<T> DeviceSlice<T> {
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceRows {
     address: u64,
-    dtype: Dtype,
-    rows: usize,
-    cols: usize,
-    stride: usize,
+    layout: Layout,
 }
 
 impl DeviceRows {
@@ -85,44 +90,23 @@ impl DeviceRows {
         cols: usize,
         row_stride: usize,
     ) -> Result<Self> {
-        if rows > 1 && row_stride < cols {
-            return Err(Error::InvalidArgument(format!(
-                "rows of {cols} elements overlap at a stride of {row_stride}"
-            )));
-        }
-        let elements = match rows {
-            0 => Some(0),
-            _ => (rows - 1).checked_mul(row_stride).and_then(|all| all.checked_add(cols)),
-        };
-        check_address(address, elements.unwrap_or(usize::MAX), dtype.size(), "the rows")?;
-        Ok(DeviceRows { address, dtype, rows, cols, stride: row_stride })
+        let layout = Layout { dtype, rows, cols, stride: row_stride };
+        layout.check_pointer(address as usize)?;
+        layout.check_disjoint()?;
+        Ok(DeviceRows { address, layout })
     }
 
     fn matrix(&self) -> Matrix<u64> {
-        let DeviceRows { address: data, dtype, rows, cols: width, stride } = *self;
+        let DeviceRows { address: data, layout: Layout { dtype, rows, cols: width, stride } } = *self;
         Matrix { data, dtype, rows, width, stride, aligned: data.is_multiple_of(16) }
-    }
-}
-
-fn check_address(address: u64, elements: usize, size: usize, what: &str) -> Result<()> {
-    let refuse = |reason: &str| Err(Error::InvalidArgument(format!("{what}: {reason}")));
-    if elements == 0 {
-        return Ok(());
-    }
-    if elements.checked_mul(size).is_none_or(|bytes| bytes > isize::MAX as usize) {
-        return refuse("an impossible extent");
-    }
-    match address {
-        0 => refuse("the device address is null"),
-        a if !a.is_multiple_of(size as u64) => refuse("the device address is not aligned to an element"),
-        _ => Ok(()),
     }
 }
 
 /// A probe whose direction is in memory of a GPU.
 ///
 /// Immutable, `Send` and `Sync`; a clone shares everything. Drop it only when every stream has run what was enqueued
-/// with it, and no graph that holds such a call will be launched again. Calls need its context to be current, as all work on a stream does.
+/// with it, and no graph that holds such a call will be launched again. Calls need its context to be current, as all work
+/// on a stream does.
 #[derive(Clone, Debug)]
 pub struct DeviceProbe {
     probe: Probe,
@@ -177,9 +161,9 @@ impl DeviceProbe {
         status: Option<DeviceSlice<RowStatus>>,
         stream: DeviceStream,
     ) -> Result<()> {
-        self.probe.check_width(rows.cols)?;
+        self.probe.check_width(rows.layout.cols)?;
         self.probe.check_unit(unit)?;
-        check_length("scores", scores.len, rows.rows)?;
+        check_length("scores", scores.len, rows.layout.rows)?;
         check_optional("row statuses", &status, rows)?;
         let scale = self.probe.scale(unit);
         let launch = launch::score(rows.matrix(), self.unit(), scores.address, address_of(status), &scale)?;
@@ -206,13 +190,13 @@ impl DeviceProbe {
         if !steering.probe().is_same(&self.probe) {
             return Err(Error::InvalidArgument("the steering was made from another probe".into()));
         }
-        self.probe.check_width(rows.cols)?;
+        self.probe.check_width(rows.layout.cols)?;
         let (unit, scores) = scores.unzip();
         let unit = unit.unwrap_or(ScoreUnit::Raw);
         self.probe.check_unit(unit)?;
         check_optional("scores", &scores, rows)?;
         check_optional("strengths", &strengths, rows)?;
-        check_length("row statuses", status.len, rows.rows)?;
+        check_length("row statuses", status.len, rows.layout.rows)?;
         let memory = SteerMemory {
             direction: self.unit(),
             vector: if steering.takes_raw_direction() { self.direction() } else { self.unit() },
@@ -240,7 +224,7 @@ fn padded(width: usize) -> usize {
 }
 
 fn check_optional<T>(what: &str, array: &Option<DeviceSlice<T>>, rows: &DeviceRows) -> Result<()> {
-    array.as_ref().map_or(Ok(()), |array| check_length(what, array.len, rows.rows))
+    array.as_ref().map_or(Ok(()), |array| check_length(what, array.len, rows.layout.rows))
 }
 
 fn address_of<T>(array: Option<DeviceSlice<T>>) -> u64 {

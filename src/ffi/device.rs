@@ -1,10 +1,10 @@
 //! Rows that live on an NVIDIA GPU: score and steer them there, on the caller's stream.
 
 use super::boundary::{
-    Region, borrow, check_array, check_disjoint, check_pointer, guard, hand_out, invalid, take_back,
+    Region, borrow, check_array, check_disjoint, check_pointer, guard, hand_out, take_back,
 };
 use super::error::{emaudit_error, emaudit_status};
-use super::probe::emaudit_probe;
+use super::probe::{emaudit_probe, write_error_bound};
 use super::steering::emaudit_steering;
 use super::tensor::{self, Checked, emaudit_tensor};
 use crate::device::{DeviceProbe, DeviceSlice, DeviceStream};
@@ -87,13 +87,7 @@ pub unsafe extern "C" fn emaudit_device_probe_error_bound(
 ) -> emaudit_status {
     let body = || {
         let device = &unsafe { borrow(device_probe, "device_probe")? }.device;
-        check_pointer(bound.cast_const(), "bound")?;
-        if !row_norm.is_finite() || row_norm < 0.0 {
-            return Err(invalid("row_norm must be finite and not negative"));
-        }
-        // SAFETY: checked above, valid by the contract.
-        unsafe { bound.write(device.error_bound(row_norm)) };
-        Ok(())
+        unsafe { write_error_bound(bound, row_norm, |norm| device.error_bound(norm)) }
     };
     // SAFETY: by the contract above.
     unsafe { guard(error, body) }

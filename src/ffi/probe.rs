@@ -285,6 +285,24 @@ pub unsafe extern "C" fn emaudit_probe_score_all(
     unsafe { guard(error, body) }
 }
 
+/// Writes the bound for a row norm that may be one.
+///
+/// # Safety
+/// A non-null `bound` is valid for writing.
+pub(super) unsafe fn write_error_bound(
+    bound: *mut f64,
+    row_norm: f64,
+    of: impl FnOnce(f64) -> f64,
+) -> Result<()> {
+    check_pointer(bound.cast_const(), "bound")?;
+    if !row_norm.is_finite() || row_norm < 0.0 {
+        return Err(invalid("row_norm must be finite and not negative"));
+    }
+    // SAFETY: checked above, valid by the caller's word.
+    unsafe { bound.write(of(row_norm)) };
+    Ok(())
+}
+
 /// The documented bound on the rounding error of one score in activation units (`EMAUDIT_UNIT_RAW`), for a
 /// row of any dtype with Euclidean norm `row_norm`: |computed - exact| <= `*bound`. For
 /// `EMAUDIT_UNIT_ALIGNED_SD` divide it by the layer's sigma and add one more float32 rounding of the score.
@@ -302,13 +320,7 @@ pub unsafe extern "C" fn emaudit_probe_error_bound(
 ) -> emaudit_status {
     let body = || {
         let probe = &unsafe { borrow(probe, "probe")? }.probe;
-        check_pointer(bound.cast_const(), "bound")?;
-        if !row_norm.is_finite() || row_norm < 0.0 {
-            return Err(invalid("row_norm must be finite and not negative"));
-        }
-        // SAFETY: checked above, valid by the contract.
-        unsafe { bound.write(probe.error_bound(row_norm)) };
-        Ok(())
+        unsafe { write_error_bound(bound, row_norm, |norm| probe.error_bound(norm)) }
     };
     // SAFETY: by the contract above.
     unsafe { guard(error, body) }

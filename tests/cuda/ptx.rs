@@ -6,6 +6,7 @@ use emaudit::Dtype;
 use emaudit::kernel::cuda::PTX;
 use emaudit::kernel::cuda::launch::{self, Argument, Edit, Launch, Matrix, Scale, SteerMemory};
 use emaudit_device::ptx::Embedded;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 const EMBEDDED: Embedded = Embedded { kernels: KERNELS, ptx: PTX };
@@ -38,6 +39,8 @@ fn every_launch_fits_its_kernel_and_every_kernel_is_launched() {
         }
     }
     EMBEDDED.assert_launched(launches);
+    let loaded: BTreeSet<_> = launch::KERNELS.into_iter().collect();
+    assert_eq!(loaded, EMBEDDED.entries().into_keys().collect());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! starts where there is no driver.
 
 use super::PTX;
-use super::launch::{Argument, Launch, THREADS};
+use super::launch::{Argument, KERNELS, Launch, THREADS};
 use crate::error::{Error, Result};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ptr::{null, null_mut};
@@ -167,21 +167,6 @@ pub(crate) struct Module {
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
-
-const KERNELS: [&str; 12] = [
-    "score_f32",
-    "score_f16",
-    "score_bf16",
-    "score_f32_wide",
-    "score_f16_wide",
-    "score_bf16_wide",
-    "steer_f32",
-    "steer_f16",
-    "steer_bf16",
-    "steer_f32_wide",
-    "steer_f16_wide",
-    "steer_bf16_wide",
-];
 
 impl Module {
     /// The kernels in the current context, shared with everyone who has them there.

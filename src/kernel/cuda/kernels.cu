@@ -100,9 +100,9 @@ DEVICE void load_direction(GLOBAL const F32 *direction, U32 at, F32 *values) {
   load(DTYPE_F32, 1, direction, at, at + VECTOR, values);
 }
 
-// ---- Sums over a team; `shared` holds every thread's value, and then each team's result in its first place ----
+// ---- Sums over a team: shared memory holds every thread's value, and then each team's result in its first place ----
 
-#define FOLD(SHARED_VALUES, COMBINE)                                                                                   \
+#define FOLD(COMBINE)                                                                                                  \
   BARRIER;                                                                                                             \
   for (U32 step = t->team / 2; step > 0; step /= 2) {                                                                  \
     if (t->lane < step) {                                                                                              \
@@ -170,7 +170,7 @@ DEVICE void score_rows(U32 dtype, U32 wide, GLOBAL const void *rows, GLOBAL cons
     }
   }
   shared[THREAD] = dot;
-  FOLD(shared, shared[one] += shared[other])
+  FOLD(shared[one] += shared[other])
   if (t->live && t->lane == 0) {
     F64 raw;
     F32 z;
@@ -254,7 +254,7 @@ typedef struct {
   U32 status[TEAMS];
 } Block;
 
-// Elements from `first` on, as every lane of a team takes them.
+// Elements that are not kept, as every lane of a team takes them.
 #define EACH_LATER(at)                                                                                                 \
   for (U32 at = ((wide ? KEPT : 0) * t->team + t->lane) * VECTOR; at < width; at += t->team * VECTOR)
 
@@ -301,7 +301,7 @@ DEVICE void steer_rows(U32 dtype, U32 wide, GLOBAL void *rows, GLOBAL const F32 
 #undef ADD
   b->sums[THREAD] = dot;
   b->sums[THREADS + THREAD] = squares;
-  FOLD(b->sums, b->sums[one] += b->sums[other]; b->sums[THREADS + one] += b->sums[THREADS + other])
+  FOLD(b->sums[one] += b->sums[other]; b->sums[THREADS + one] += b->sums[THREADS + other])
   dot = b->sums[t->first];
   squares = b->sums[THREADS + t->first];
 
@@ -322,7 +322,7 @@ DEVICE void steer_rows(U32 dtype, U32 wide, GLOBAL void *rows, GLOBAL const F32 
       }
     }
     b->wide_sums[THREAD] = sum;
-    FOLD(b->wide_sums, b->wide_sums[one] += b->wide_sums[other])
+    FOLD(b->wide_sums[one] += b->wide_sums[other])
     norm = SAFE_SQUARES(squares) ? norm : SQRT_F64(b->wide_sums[t->first]);
   }
 
@@ -360,7 +360,7 @@ DEVICE void steer_rows(U32 dtype, U32 wide, GLOBAL void *rows, GLOBAL const F32 
       }
     }
     b->sums[THREAD] = peak;
-    FOLD(b->sums, b->sums[one] = FMAX(b->sums[one], b->sums[other]))
+    FOLD(b->sums[one] = FMAX(b->sums[one], b->sums[other]))
     peak = b->sums[t->first];
   }
   if (b->near[number] && !(peak < overflow_of(dtype))) {

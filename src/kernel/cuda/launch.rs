@@ -16,6 +16,22 @@ const KEPT: usize = 4;
 /// Threads of the smallest team; `LEAST_TEAM` of kernels.cu.
 const LEAST_TEAM: usize = 64;
 
+/// Every kernel there is.
+pub const KERNELS: [&str; 12] = [
+    "score_f32",
+    "score_f16",
+    "score_bf16",
+    "score_f32_wide",
+    "score_f16_wide",
+    "score_bf16_wide",
+    "steer_f32",
+    "steer_f16",
+    "steer_bf16",
+    "steer_f32_wide",
+    "steer_f16_wide",
+    "steer_bf16_wide",
+];
+
 /// A kernel with all it needs; no blocks where there is nothing to do. `A` is an array or a vector of [`Argument`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Launch<A> {
