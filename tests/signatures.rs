@@ -205,6 +205,7 @@ fn minisign_itself_signs_for_us_where_it_is_installed() {
         let directions = Directions::open(&path, &with(&key, None)).unwrap();
         assert_eq!(directions.signed().unwrap().trusted_comment, "version 7");
         let printed = std::fs::read_to_string(folder.path().join("key.pub")).unwrap();
-        assert!(printed.contains(key.id()), "{printed}");
+        // minisign 0.11 leaves out leading zeros.
+        assert!(printed.contains(key.id().trim_start_matches('0')), "{printed}");
     }
 }
