@@ -8,7 +8,9 @@ use crate::kernel::{Kernel, KernelKind, Scored, error_bound};
 use half::{bf16, f16};
 use std::sync::Arc;
 
+mod aligned;
 mod batch;
+use aligned::Aligned;
 pub(crate) use batch::Batch;
 
 /// Unit of a score. The numbers are pinned for C.
@@ -483,41 +485,6 @@ fn directions_of<P: AsRef<Probe>>(together: &[P]) -> [&[f32]; TOGETHER] {
     let mut directions: [&[f32]; TOGETHER] = [&[]; TOGETHER];
     directions.iter_mut().zip(together).for_each(|(d, probe)| *d = &probe.as_ref().inner.unit);
     directions
-}
-
-/// Values that begin on a cache line, so that no load of a whole register touches two.
-struct Aligned {
-    storage: Vec<f32>,
-    start: usize,
-    length: usize,
-}
-
-impl Aligned {
-    const LINE: usize = 64;
-
-    fn new(values: &[f32]) -> Aligned {
-        let (length, slack) = (values.len(), Aligned::LINE / size_of::<f32>());
-        let mut storage = vec![0.0; length + slack];
-        // Where the answer is not known, any start is right, only slower.
-        let start = storage.as_ptr().align_offset(Aligned::LINE).min(slack);
-        storage[start..start + length].copy_from_slice(values);
-        Aligned { storage, start, length }
-    }
-}
-
-impl std::ops::Deref for Aligned {
-    type Target = [f32];
-
-    #[inline]
-    fn deref(&self) -> &[f32] {
-        &self.storage[self.start..self.start + self.length]
-    }
-}
-
-impl std::fmt::Debug for Aligned {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        (**self).fmt(f)
-    }
 }
 
 /// A row seen along the direction.
