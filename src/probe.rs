@@ -10,8 +10,11 @@ use std::sync::Arc;
 
 mod aligned;
 mod batch;
+mod projection;
 use aligned::Aligned;
 pub(crate) use batch::Batch;
+use projection::Divisor;
+pub(crate) use projection::Projection;
 
 /// Unit of a score. The numbers are pinned for C.
 #[repr(u32)]
@@ -103,6 +106,8 @@ struct Inner {
     offset: f64,
     /// `None` without calibration.
     sigma: Option<f64>,
+    /// Sigma; 1 without calibration.
+    divisor: Divisor,
 }
 
 impl Probe {
@@ -155,7 +160,9 @@ impl Probe {
         let offset = aligned_mean.iter().zip(&unit).map(|(m, u)| f64::from(*m) * f64::from(*u)).sum();
         let unit_norm = norm(&unit);
         let (direction, unit) = (Aligned::new(direction), Aligned::new(&unit));
-        let inner = Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma };
+        let divisor = Divisor::new(sigma.unwrap_or(1.0));
+        let inner =
+            Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma, divisor };
         Ok(Probe { inner: Arc::new(inner) })
     }
 
@@ -289,7 +296,7 @@ impl Probe {
     pub(crate) fn projection(&self, dot: f32) -> Option<Projection> {
         let raw = f64::from(dot) - self.inner.offset;
         // Without calibration nobody sees z: `check_unit` and `Steering::new` have refused.
-        let projection = Projection { dot, raw, z: (raw / self.inner.sigma.unwrap_or(1.0)) as f32 };
+        let projection = Projection { dot, raw, z: self.inner.divisor.quotient(raw) };
         let finite = projection.z.is_finite() & (raw as f32).is_finite();
         finite.then_some(projection)
     }
@@ -487,24 +494,6 @@ fn directions_of<P: AsRef<Probe>>(together: &[P]) -> [&[f32]; TOGETHER] {
     directions
 }
 
-/// A row seen along the direction.
-#[derive(Clone, Copy)]
-pub(crate) struct Projection {
-    pub dot: f32,
-    pub raw: f64,
-    pub z: f32,
-}
-
-impl Projection {
-    #[inline]
-    pub fn score(&self, unit: ScoreUnit) -> f32 {
-        match unit {
-            ScoreUnit::AlignedSd => self.z,
-            ScoreUnit::Raw => self.raw as f32,
-        }
-    }
-}
-
 #[inline]
 pub(crate) fn check_length(what: &str, found: usize, rows: usize) -> Result<()> {
     if found == rows { Ok(()) } else { Err(other_length(what, found, rows)) }
@@ -551,6 +540,7 @@ mod tests {
     impl Unwritten for usize {}
     impl Unwritten for Vec<f32> {}
     impl Unwritten for Kernel {}
+    impl Unwritten for Divisor {}
     /// Its counts are written by clones and drops, of which scoring does none: see below.
     impl Unwritten for Option<(Arc<Directions>, u32)> {}
 
@@ -562,7 +552,7 @@ mod tests {
         let direction: Vec<f32> = (0..width).map(|i| (i % 7) as f32 - 2.5).collect();
         let probe = Probe::from_vectors(&direction, &vec![0.25; width], 0.5, None).unwrap();
         // Without `..`: a new field is a new line here.
-        let Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma } =
+        let Inner { source, kernel, direction, direction_norm, unit, unit_norm, offset, sigma, divisor } =
             &*probe.inner;
         for vector in [direction, unit] {
             let Aligned { storage, start, length } = vector;
@@ -575,6 +565,7 @@ mod tests {
         unwritten(kernel);
         [direction_norm, unit_norm, offset].into_iter().for_each(unwritten);
         unwritten(sigma);
+        unwritten(divisor);
         assert!(std::ptr::from_ref(&*probe.inner).addr().is_multiple_of(Aligned::LINE));
 
         let rows: Vec<f32> = (0..4 * width).map(|i| (i % 11) as f32).collect();
