@@ -313,6 +313,7 @@ impl Registry {
             if x86::has_avx2() {
                 found.push(&x86::avx2::TABLE);
             }
+            x86::measure_first_cache();
             if x86::has_avx512_bf16() {
                 found.push(&x86::AVX512_BF16);
             } else if x86::has_avx512() {

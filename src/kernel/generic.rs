@@ -38,7 +38,17 @@ pub(super) trait Vector: Copy {
     unsafe fn prefetch(address: *const u8);
     /// The same, into the second cache only: what is wanted later would push out what is wanted now.
     unsafe fn prefetch_later(address: *const u8);
+
+    /// How many bytes ahead rows that are read side by side are fetched.
+    #[inline(always)]
+    fn soon() -> usize {
+        SOON
+    }
 }
+
+/// Far enough that the second cache has answered when the element is wanted; twice as far, a first cache of 32 KiB has
+/// often dropped it again.
+pub(super) const SOON: usize = 384;
 
 /// Reading and writing a register as elements of `T`, without alignment beyond that of `T`.
 ///
@@ -157,15 +167,11 @@ impl Ahead {
 #[derive(Clone, Copy)]
 pub(super) enum Fetch<const R: usize> {
     Nothing,
-    /// The rows themselves, [`SOON`] bytes ahead.
+    /// The rows themselves, [`Vector::soon`] bytes ahead.
     Soon,
     /// Rows to come.
     Halves([Ahead; R]),
 }
-
-/// Far enough that the second cache has answered when the element is wanted; twice as far, the first cache has often
-/// dropped it again.
-const SOON: usize = 384;
 
 impl<const R: usize> Fetch<R> {
     /// What belongs to row `r` at the pair of registers that begins with the element `place`, the first of a block or not.
@@ -178,7 +184,7 @@ impl<const R: usize> Fetch<R> {
         unsafe {
             match self {
                 Fetch::Soon => {
-                    let soon = row.wrapping_add(place).cast::<u8>().wrapping_add(SOON);
+                    let soon = row.wrapping_add(place).cast::<u8>().wrapping_add(V::soon());
                     for line in 0..(2 * V::LANES * size_of::<T>()).div_ceil(LINE) {
                         V::prefetch(soon.wrapping_add(line * LINE));
                     }

@@ -6,6 +6,7 @@ use super::many;
 use crate::activations::Element;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Whether this CPU and operating system run the AVX2 kernel.
 pub(super) fn has_avx2() -> bool {
@@ -24,6 +25,28 @@ pub(super) fn has_avx512() -> bool {
 /// The same, and that the CPU rounds to bf16 itself.
 pub(super) fn has_avx512_bf16() -> bool {
     has_avx512() && is_x86_feature_detected!("avx512bf16")
+}
+
+/// [`Vector::soon`] of AVX-512, by the CPU's first cache.
+static SOON_512: AtomicUsize = AtomicUsize::new(generic::SOON);
+
+/// Lets rows be fetched farther ahead where the first cache has room for them.
+pub(super) fn measure_first_cache() {
+    if first_cache().is_some_and(|bytes| bytes > 32 << 10) {
+        SOON_512.store(1024, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of the first data cache, if the CPU says: in the leaf of Intel's, or in that of AMD's, which has the same form.
+fn first_cache() -> Option<usize> {
+    let leaf =
+        |leaf: u32| (0..8).map(move |part| __cpuid_count(leaf, part)).take_while(|found| found.eax & 31 != 0);
+    let amd = __cpuid(1 << 31).eax >= 0x8000_001d;
+    let mut caches = leaf(4).chain(leaf(0x8000_001d).take(if amd { 8 } else { 0 }));
+    // Type 1 is data; the level stands above it.
+    let first = caches.find(|found| found.eax & 0xff == 0x21)?;
+    let field = |from: u32, bits: u32| (first.ebx >> from & ((1 << bits) - 1)) as usize + 1;
+    Some(field(22, 10) * field(12, 10) * field(0, 12) * (first.ecx as usize + 1))
 }
 
 /// Wraps the generic algorithm for one vector and a set of CPU features.
@@ -366,6 +389,11 @@ impl Vector for Zmm {
     unsafe fn prefetch_later(address: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
     }
+
+    #[inline(always)]
+    fn soon() -> usize {
+        SOON_512.load(Ordering::Relaxed)
+    }
 }
 
 impl Memory<f32> for Zmm {
@@ -541,4 +569,21 @@ const fn places(times: u16, over: u16, first: u16) -> [u16; 32] {
         i += 1;
     }
     places
+}
+
+#[cfg(test)]
+mod tests {
+    /// Linux reads the same leaves.
+    #[test]
+    fn the_first_cache_is_as_large_as_the_system_says() {
+        let file = "/sys/devices/system/cpu/cpu0/cache/index0/size";
+        let said = std::fs::read_to_string(file)
+            .ok()
+            .and_then(|text| text.trim().strip_suffix('K')?.parse::<usize>().ok());
+        let found = super::first_cache();
+        println!("{found:?}, the system says {said:?} KiB");
+        if let (Some(found), Some(said)) = (found, said) {
+            assert_eq!(found, 1024 * said);
+        }
+    }
 }
