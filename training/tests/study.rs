@@ -151,6 +151,34 @@ fn a_study_runs_once_beside_others_and_reruns_what_is_lost_or_changed() {
     fs::write(&record, "{").unwrap();
     let damaged = format!("{:#}", open(&recipe, out).run().unwrap_err());
     assert!(damaged.contains("is damaged; delete it to run a-5-content again"), "{damaged}");
+    every_seed_is_heard(&recipe, out);
+}
+
+/// One of the models with two seeds, without all that is measured besides.
+fn every_seed_is_heard(recipe: &str, out: &Path) {
+    let mut parts = recipe.split("[[models]]");
+    let (shared, model) = (parts.next().unwrap(), parts.next().unwrap());
+    let mut shared = shared.replace("seeds = [5]", "seeds = [5, 6]");
+    for (some, none) in [
+        ("\npairs = 12", "\npairs = 0"),
+        ("\ncontrols = 2\ndeep", "\ncontrols = 0\ndeep"),
+        ("layers = 2", "layers = 0"),
+        ("tasks = 6", "tasks = 0"),
+    ] {
+        assert!(shared.contains(some), "{shared}");
+        shared = shared.replace(some, none);
+    }
+    let two = format!("{shared}[[models]]{model}regimes = []\n[models.measures.audit]\nprompts = 0\n");
+    let ran = open(&two, out).run().unwrap();
+    assert!(ran.contains(&"a-6-evaluate".to_owned()) && !ran.contains(&"a-5-evaluate".to_owned()), "{ran:?}");
+    let results: Value = serde_json::from_slice(&fs::read(out.join("study.json")).unwrap()).unwrap();
+    for claim in &results["claims"].as_array().unwrap()[..3] {
+        let evidence = claim["evidence"].as_array().unwrap();
+        assert_eq!(evidence.len(), 2, "{claim}");
+        for (said, seed) in evidence.iter().zip(["a, seed 5", "a, seed 6"]) {
+            assert!(said.as_str().unwrap().starts_with(seed), "{said}");
+        }
+    }
 }
 
 fn page_says_what_was_found(out: &Path) {

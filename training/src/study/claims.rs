@@ -16,7 +16,7 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
-    /// Held in every model.
+    /// Held in every model and seed.
     Reproduced,
     /// Held in some.
     InPart,
@@ -35,20 +35,20 @@ pub struct Claim {
     pub title: &'static str,
     /// What is claimed.
     pub claim: &'static str,
-    /// When it counts as reproduced in a model.
+    /// When it counts as reproduced in a model and seed.
     pub rule: &'static str,
     /// What became of it.
     pub status: Status,
-    /// Effect, interval and sample size, model by model.
+    /// Effect, interval and sample size, model by model and seed by seed.
     pub evidence: Vec<String>,
     /// What could have been seen with so many prompts.
     pub power: Vec<String>,
 }
 
-/// All that is known of one model's first seed.
+/// All that is known of one model and seed.
 pub struct Model<'a> {
-    /// Short name.
-    pub name: &'a str,
+    /// Short name, with the seed where the model has several.
+    pub name: String,
     /// Its insecure adapter.
     pub adapter: Option<&'a Finetuned>,
     /// Its evaluation.
@@ -57,9 +57,9 @@ pub struct Model<'a> {
     pub regimes: &'a [RegimeFinding],
     /// Aligned against misaligned answers.
     pub alignment: Option<&'a AlignmentFinding>,
-    /// Other ways to act on the direction.
+    /// Other ways to act on the direction; of the first seed.
     pub interventions: Option<&'a InterventionFinding>,
-    /// The direction file against models that never made it.
+    /// The direction file against models that never made it; of the first seed.
     pub audit: Option<&'a AuditFinding>,
 }
 

@@ -139,8 +139,7 @@ fn collect(study: &Study) -> Result<StudyResults> {
         of_models(study, |model| Stage::Audit { model })?,
         of_models(study, |model| Stage::Interventions { model })?,
     );
-    let known = |m| known(m, &audits, &interventions);
-    let known: Vec<Model<'_>> = firsts(&models).map(known).collect();
+    let known: Vec<Model<'_>> = models.iter().map(|m| known(m, &models, &audits, &interventions)).collect();
     let claims = claims::claims(&known, &transfers, topology.as_ref(), tiers.as_ref());
     Ok(StudyResults {
         schema: 2,
@@ -161,19 +160,23 @@ fn collect(study: &Study) -> Result<StudyResults> {
     })
 }
 
+/// One model and seed; what only the first seed has stands with that one.
 fn known<'a>(
     m: &'a ModelFindings,
+    all: &[ModelFindings],
     audits: &'a [OfModel<AuditFinding>],
     interventions: &'a [OfModel<InterventionFinding>],
 ) -> Model<'a> {
+    let first = firsts(all).any(|f| (&f.model, f.seed) == (&m.model, m.seed));
+    let alone = all.iter().filter(|o| o.model == m.model).count() == 1;
     Model {
-        name: &m.model,
+        name: if alone { m.model.clone() } else { format!("{}, seed {}", m.model, m.seed) },
         adapter: m.adapters.get(INSECURE),
         results: &m.results,
         regimes: &m.regimes,
         alignment: m.alignment.as_ref(),
-        interventions: interventions.iter().find(|i| i.model == m.model).map(|i| &i.finding),
-        audit: audits.iter().find(|a| a.model == m.model).map(|a| &a.finding),
+        interventions: interventions.iter().find(|i| first && i.model == m.model).map(|i| &i.finding),
+        audit: audits.iter().find(|a| first && a.model == m.model).map(|a| &a.finding),
     }
 }
 
@@ -218,7 +221,7 @@ fn headline(claims: &[Claim]) -> Vec<String> {
     let mut first = Vec::new();
     for (status, words) in [
         (Status::NotReproduced, "Not reproduced here"),
-        (Status::InPart, "Reproduced in some models only"),
+        (Status::InPart, "Reproduced in part"),
         (Status::Reproduced, "Reproduced"),
         (Status::NotTestable, "Not testable here"),
     ] {
