@@ -19,7 +19,7 @@ pub struct TrustedKey {
 /// What a checked signature says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signed {
-    /// Id of the key, 16 hex characters as minisign prints them.
+    /// Id of the key, 16 hex characters; minisign 0.11 prints it without leading zeros.
     pub key_id: String,
     /// The comment under the signature, as its maker wrote it: minisign puts the time and the file name there.
     pub trusted_comment: String,
@@ -46,7 +46,7 @@ impl TrustedKey {
         Ok(TrustedKey { key, id: key_id(line) })
     }
 
-    /// Id of the key, 16 hex characters as minisign prints them.
+    /// Id of the key, 16 hex characters; minisign 0.11 prints it without leading zeros.
     pub fn id(&self) -> &str {
         &self.id
     }
