@@ -217,21 +217,27 @@ def test_scoring_releases_the_gil():
     width = 4096
     direction = np.ones(width, dtype="f4")
     slow = emaudit.Probe.from_vectors(direction, 0 * direction, 1.0, kernel="scalar")
-    rows = np.broadcast_to(direction, (40000, width))
-    span = []
-
-    def score():
-        begin = time.perf_counter()
-        slow.score(rows)
-        span.extend([begin, time.perf_counter()])
-
     interval = sys.getswitchinterval()
-    worker = threading.Thread(target=score)
-    worker.start()
-    seen = []
-    while worker.is_alive():
-        seen.append(time.perf_counter())
-        time.sleep(0.001)
-    begin, end = span
-    assert end - begin > 20 * interval, "the call was too short to tell"
+
+    def watched(count):
+        """When a call that scores so many rows began and ended, and when this thread ran meanwhile."""
+        rows, span, seen = np.broadcast_to(direction, (count, width)), [], []
+
+        def score():
+            begin = time.perf_counter()
+            slow.score(rows)
+            span.extend([begin, time.perf_counter()])
+
+        worker = threading.Thread(target=score)
+        worker.start()
+        while worker.is_alive():
+            seen.append(time.perf_counter())
+            time.sleep(0.001)
+        return *span, seen
+
+    # As long as it takes to tell, on whatever machine.
+    count, begin, end = 20000, 0.0, 0.0
+    while end - begin <= 20 * interval:
+        count *= 2
+        begin, end, seen = watched(count)
     assert sum(begin + interval < at < end - interval for at in seen) >= 5
