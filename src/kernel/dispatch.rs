@@ -313,11 +313,9 @@ impl Registry {
             if x86::has_avx2() {
                 found.push(&x86::avx2::TABLE);
             }
-            x86::measure_first_cache();
-            if x86::has_avx512_bf16() {
-                found.push(&x86::AVX512_BF16);
-            } else if x86::has_avx512() {
-                found.push(&x86::avx512::TABLE);
+            if x86::has_avx512() {
+                x86::measure_first_cache();
+                found.push(if x86::has_avx512_bf16() { &x86::AVX512_BF16 } else { &x86::avx512::TABLE });
             }
         }
         found

@@ -41,8 +41,8 @@ fn seconds(times: usize, work: &mut dyn FnMut()) -> f64 {
 /// clock be measured ever after.
 fn repetitions(work: &mut dyn FnMut()) -> usize {
     let mut times = 1;
-    let mut fastest = |times: usize| (0..5).map(|_| seconds(times, work)).fold(f64::INFINITY, f64::min);
-    while fastest(times) < SAMPLE.as_secs_f64() {
+    let mut shortest = |times: usize| (0..5).map(|_| seconds(times, work)).fold(f64::INFINITY, f64::min);
+    while shortest(times) < SAMPLE.as_secs_f64() {
         times *= 2;
     }
     times

@@ -167,7 +167,7 @@ fn known<'a>(
     audits: &'a [OfModel<AuditFinding>],
     interventions: &'a [OfModel<InterventionFinding>],
 ) -> Model<'a> {
-    let first = firsts(all).any(|f| (&f.model, f.seed) == (&m.model, m.seed));
+    let first = firsts(all).any(|f| std::ptr::eq(f, m));
     let alone = all.iter().filter(|o| o.model == m.model).count() == 1;
     Model {
         name: if alone { m.model.clone() } else { format!("{}, seed {}", m.model, m.seed) },
