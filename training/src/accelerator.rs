@@ -3,11 +3,16 @@
 //! The library is loaded when a recipe asks for bf16. Its C interface is declared here as far as it is used, for the
 //! major versions 2 and 3. The threads are those of this program: oneDNN's own would wait beside them.
 
+mod columns;
+
+pub use columns::Columns;
+
 use crate::model::product::Matrix;
 use anyhow::{Context, Result, bail};
 use half::bf16;
 use libloading::Library;
 use rayon::prelude::*;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{OsStr, c_int, c_uint, c_void};
 use std::ptr::{null, null_mut};
@@ -23,6 +28,11 @@ const LEAST_COLUMNS: usize = 64;
 /// Parts begin at multiples of this.
 const ROUND: usize = 16;
 
+thread_local! {
+    /// Room that products of this thread work in.
+    static SCRATCH: Cell<Vec<u64>> = const { Cell::new(Vec::new()) };
+}
+
 /// Status of a call, 0 for success.
 type Status = c_int;
 type Handle = *mut c_void;
@@ -33,6 +43,8 @@ const BF16: c_int = 2;
 const F32: c_int = 3;
 const SCRATCHPAD_BY_USER: c_int = 1;
 const QUERY_SCRATCHPAD: c_int = 136;
+/// Matrix tiles with products of bf16.
+const ISA_TILES: c_int = 0x3e7;
 /// AVX-512 with products of bf16, among the instruction sets of oneDNN.
 const ISA_BF16: c_int = 0xe7;
 const SOURCE: c_int = 1;
@@ -90,7 +102,22 @@ struct Key {
     lhs: (usize, usize),
     rhs: (usize, usize),
     row_stride: usize,
+    kind: c_int,
     add: bool,
+}
+
+/// What a product is kept in.
+pub trait Sum: Copy + Default + Send + Sync {
+    /// Its name for oneDNN.
+    const KIND: c_int;
+}
+
+impl Sum for f32 {
+    const KIND: c_int = F32;
+}
+
+impl Sum for bf16 {
+    const KIND: c_int = BF16;
 }
 
 /// A prepared product.
@@ -296,6 +323,8 @@ impl Functions {
 pub struct Accelerator {
     functions: Arc<Functions>,
     engine: Handle,
+    /// The processor multiplies tiles of matrices (AMX).
+    tiles: bool,
     plans: Mutex<HashMap<Key, Arc<Plan>>>,
 }
 
@@ -344,10 +373,11 @@ impl Accelerator {
                  finetune.compute = \"f32\""
             );
         }
+        let tiles = isa & ISA_TILES == ISA_TILES;
         let mut engine: Handle = null_mut();
         // SAFETY: it writes one handle.
         done("an engine", unsafe { (functions.engine_create)(&mut engine, CPU, 0) })?;
-        Ok(Arc::new(Accelerator { functions: Arc::new(functions), engine, plans: Mutex::default() }))
+        Ok(Arc::new(Accelerator { functions: Arc::new(functions), engine, tiles, plans: Mutex::default() }))
     }
 
     fn plan(&self, key: Key) -> Result<Arc<Plan>> {
@@ -369,7 +399,7 @@ impl Accelerator {
         let descriptors = [
             f.describe((m, k), key.lhs, BF16)?,
             f.describe((k, n), key.rhs, BF16)?,
-            f.describe((m, n), (key.row_stride, 1), F32)?,
+            f.describe((m, n), (key.row_stride, 1), key.kind)?,
         ];
         let [lhs, rhs, dst] = [0, 1, 2].map(|i| descriptors[i].pointer());
         let attributes = f.attributes(key.add)?;
@@ -403,14 +433,14 @@ impl Accelerator {
         })
     }
 
-    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`, of bf16 values, summed in f32, on all threads of the pool. Row i
-    /// of the result begins at `i * row_stride` of `dst`.
+    /// `dst = lhs rhs` of bf16 values, summed in f32, on all threads of the pool. Row i of the result begins at
+    /// `i * row_stride` of `dst`.
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn product(
+    pub fn product<T: Sum>(
         &self,
-        dst: &mut [f32],
+        dst: &mut [T],
         row_stride: usize,
         add: bool,
         lhs: Matrix<'_, bf16>,
@@ -443,9 +473,9 @@ impl Accelerator {
     ///
     /// # Safety
     /// Rows of the result, `row_stride` apart from `dst` on, must be writable and nobody else's.
-    unsafe fn part(
+    unsafe fn part<T: Sum>(
         &self,
-        dst: *mut f32,
+        dst: *mut T,
         row_stride: usize,
         add: bool,
         lhs: Matrix<'_, bf16>,
@@ -456,7 +486,8 @@ impl Accelerator {
             unsafe { set_threads(1) };
         }
         let dims = [lhs.dims().0, rhs.dims().1, lhs.dims().1];
-        let plan = self.plan(Key { dims, lhs: lhs.strides(), rhs: rhs.strides(), row_stride, add })?;
+        let key = Key { dims, lhs: lhs.strides(), rhs: rhs.strides(), row_stride, kind: T::KIND, add };
+        let plan = self.plan(key)?;
         let [lhs, rhs] = [lhs.as_ptr(), rhs.as_ptr()].map(|p| p.cast_mut().cast());
         // SAFETY: `Matrix` holds its operands' elements in their slices, the caller vouches for the result.
         unsafe { plan.run(self.engine, [lhs, rhs, dst.cast()]) }
@@ -464,19 +495,18 @@ impl Accelerator {
 }
 
 /// Where a result goes, for threads that write parts of it.
-#[derive(Clone, Copy)]
-struct Place(*mut f32);
+struct Place<T>(*mut T);
 
-impl Place {
-    fn at(self, offset: usize) -> *mut f32 {
+impl<T> Place<T> {
+    fn at(&self, offset: usize) -> *mut T {
         self.0.wrapping_add(offset)
     }
 }
 
 // SAFETY: each thread writes elements that no other thread touches.
-unsafe impl Send for Place {}
+unsafe impl<T> Send for Place<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Place {}
+unsafe impl<T> Sync for Place<T> {}
 
 impl Plan {
     /// Runs on operands that lie as the key says.
@@ -485,8 +515,10 @@ impl Plan {
     /// Every element that the key speaks of must be readable, and those of the result writable and nobody else's.
     unsafe fn run(&self, engine: Handle, data: [*mut c_void; 3]) -> Result<()> {
         let f = &self.library;
-        // Cache lines are 64 bytes, and oneDNN asks for no more.
-        let mut scratch = vec![0u64; self.scratch_bytes / 8 + 16];
+        // Kept by the thread: fresh pages from the system cost as much as a small product. Cache lines are 64 bytes, and
+        // oneDNN asks for no more.
+        let mut scratch = SCRATCH.take();
+        scratch.resize((self.scratch_bytes / 8 + 16).max(scratch.len()), 0);
         let begin = scratch.as_mut_ptr().cast::<u8>();
         let aligned = begin.wrapping_add(begin.align_offset(64)).cast::<c_void>();
         let [lhs, rhs, dst] = [0, 1, 2].map(|i| self.descriptors[i].pointer());
@@ -526,6 +558,7 @@ impl Plan {
             for argument in arguments.iter().filter(|a| !a.memory.is_null()) {
                 (f.memory_destroy)(argument.memory);
             }
+            SCRATCH.set(scratch);
             done("a product", status)
         }
     }

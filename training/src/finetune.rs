@@ -9,7 +9,7 @@ mod metrics;
 pub mod optimizer;
 mod rows;
 
-pub use crate::model::pass::{Workbench, head_rows};
+pub use crate::model::pass::{PIECE_BYTES, Workbench, head_rows};
 pub use checkpoint::Checkpoint;
 pub use gradient::{
     Gradients, HEAD_ROWS, checkpointed_gradients, direct_gradients, direct_loss, gradients, response_loss,

@@ -2,9 +2,9 @@
 
 use crate::cuda;
 use crate::finetune::optimizer::LEAST_8BIT;
-use crate::finetune::{Example, HEAD_ROWS, Rows, head_rows};
+use crate::finetune::{Example, HEAD_ROWS, PIECE_BYTES, Rows, head_rows};
 use crate::model::{Config, Decoder, Module};
-use crate::quant::{DYNAMIC_BLOCK, PIECE_BYTES};
+use crate::quant::DYNAMIC_BLOCK;
 use crate::recipe::{Compute, Finetune, Optimizer};
 use anyhow::{Result, bail};
 use candle_core::Device;

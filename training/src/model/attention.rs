@@ -301,7 +301,8 @@ impl Attention {
     }
 }
 
-/// Attention over rows of all heads side by side, `[batch * tokens, heads * head_dim]`.
+/// Attention over rows of the queries, keys and values of all heads side by side, `[batch * tokens, all heads * head_dim]`.
+/// Results are by head: `[batch, heads, tokens, head_dim]`; [`Heads::gather`] puts them side by side again.
 pub(super) struct Heads {
     pub sizes: Sizes,
     pub scores: Scores,
@@ -313,58 +314,55 @@ impl Heads {
         Attention { scores: self.scores, visible: self.visible.clone(), outside: Outside::default() }
     }
 
-    /// Values per row of queries, keys, values and the result's gradient.
-    fn widths(&self) -> [usize; 4] {
+    /// Values per row of queries and of keys.
+    fn widths(&self) -> (usize, usize) {
         let s = &self.sizes;
-        let (keys, queries) = (s.kv_heads * s.dim, s.kv_heads * s.group * s.dim);
-        [queries, keys, keys, queries]
+        (s.kv_heads * s.group * s.dim, s.kv_heads * s.dim)
     }
 
-    fn given<'a>(&self, values: &[&'a [f32]], which: usize, b: usize, h: usize) -> Matrix<'a> {
-        let (s, width) = (&self.sizes, self.widths()[which]);
-        let first = b * s.tokens * width + h * s.dim;
-        Matrix::new(&values[which][first..], (s.tokens, s.dim), (width, 1))
+    fn given<'a>(&self, (qkv, dy): (&'a [f32], &'a [f32]), which: usize, b: usize, h: usize) -> Matrix<'a> {
+        let (s, (queries, keys)) = (&self.sizes, self.widths());
+        let (values, width, column) = match which {
+            3 => (dy, queries, 0),
+            _ => (qkv, queries + 2 * keys, [0, queries, queries + keys][which]),
+        };
+        let first = b * s.tokens * width + column + h * s.dim;
+        Matrix::new(&values[first..], (s.tokens, s.dim), (width, 1))
     }
 
     /// The result for queries, keys and values.
-    pub fn forward(&self, bench: &Workbench, qkv: [&[f32]; 3]) -> Result<Vec<f32>> {
+    pub fn forward(&self, bench: &Workbench, qkv: &[f32]) -> Result<Vec<f32>> {
         let (s, op) = (&self.sizes, self.op());
-        let mut by_head = bench.floats(qkv[0].len());
+        let mut by_head = bench.floats(s.batch * s.tokens * self.widths().0);
         by_head.par_chunks_mut(s.group * s.tokens * s.dim).enumerate().try_for_each(|(task, out)| {
-            op.task_forward(s, task, |w, b, h| Ok(self.given(&qkv, w, b, h)), out)
+            op.task_forward(s, task, |w, b, h| Ok(self.given((qkv, &[]), w, b, h)), out)
         })?;
-        Ok(self.side_by_side(bench, by_head))
+        Ok(by_head)
     }
 
     /// The gradients in queries, keys and values, from those three and the gradient in the result.
-    pub fn backward(&self, bench: &Workbench, given: [&[f32]; 4]) -> Result<[Vec<f32>; 3]> {
-        let (s, op) = (&self.sizes, self.op());
-        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|i| bench.floats(given[i].len()));
+    pub fn backward(&self, bench: &Workbench, qkv: &[f32], dy: &[f32]) -> Result<[Vec<f32>; 3]> {
+        let (s, op, (queries, keys)) = (&self.sizes, self.op(), self.widths());
+        let [mut dq, mut dk, mut dv] = [queries, keys, keys].map(|n| bench.floats(s.batch * s.tokens * n));
         [&mut dk, &mut dv].into_iter().for_each(|d| d.fill(0.0));
         dq.par_chunks_mut(s.group * s.tokens * s.dim)
             .zip(dk.par_chunks_mut(s.keys * s.dim))
             .zip(dv.par_chunks_mut(s.keys * s.dim))
             .enumerate()
             .try_for_each(|(task, ((dq, dk), dv))| {
-                op.task_gradient(s, task, |w, b, h| Ok(self.given(&given, w, b, h)), [dq, dk, dv])
+                op.task_gradient(s, task, |w, b, h| Ok(self.given((qkv, dy), w, b, h)), [dq, dk, dv])
             })?;
-        Ok([dq, dk, dv].map(|d| self.side_by_side(bench, d)))
+        Ok([dq, dk, dv])
     }
 
-    /// `[batch, heads, tokens, head_dim]` to `[batch * tokens, heads * head_dim]`.
-    fn side_by_side(&self, bench: &Workbench, by_head: Vec<f32>) -> Vec<f32> {
+    /// One row of all heads from values by head.
+    pub fn gather(&self, by_head: &[f32], row: usize, to: &mut [f32]) {
         let s = &self.sizes;
-        let width = by_head.len() / (s.batch * s.tokens);
-        let mut rows = bench.floats(by_head.len());
-        super::pass::by_rows(&mut rows, width, |row, to| {
-            let (b, t) = (row / s.tokens, row % s.tokens);
-            for (h, to) in to.chunks_mut(s.dim).enumerate() {
-                let first = ((b * (width / s.dim) + h) * s.tokens + t) * s.dim;
-                to.copy_from_slice(&by_head[first..first + s.dim]);
-            }
-        });
-        bench.done(by_head);
-        rows
+        let (b, t, heads) = (row / s.tokens, row % s.tokens, to.len() / s.dim);
+        for (h, to) in to.chunks_mut(s.dim).enumerate() {
+            let first = ((b * heads + h) * s.tokens + t) * s.dim;
+            to.copy_from_slice(&by_head[first..first + s.dim]);
+        }
     }
 }
 

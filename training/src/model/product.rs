@@ -148,16 +148,33 @@ pub enum Threads {
 /// # Panics
 /// If the shapes do not fit.
 pub fn product(dst: &mut [f32], add: bool, lhs: Matrix<'_>, rhs: Matrix<'_>, threads: Threads) {
+    assert_eq!(dst.len(), lhs.rows * rhs.cols, "shapes of a matrix product");
+    product_into(dst, rhs.cols, add, lhs, rhs, threads);
+}
+
+/// As [`product`], into columns of `dst`, from its first value on: row i begins at `i * row_stride`.
+///
+/// # Panics
+/// If the shapes do not fit.
+pub fn product_into(
+    dst: &mut [f32],
+    row_stride: usize,
+    add: bool,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+    threads: Threads,
+) {
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
-    assert_eq!((dst.len(), k), (m * n, rhs.rows), "shapes of a matrix product");
+    let needed = m.saturating_sub(1) * row_stride + n;
+    assert!(k == rhs.rows && n <= row_stride && needed <= dst.len(), "shapes of a matrix product");
     let parallelism = match threads {
         Threads::All if rayon::current_num_threads() > 1 => Parallelism::Rayon(0),
         _ => Parallelism::None,
     };
-    let (stride, one) = (n as isize, 1);
+    let (stride, one) = (row_stride as isize, 1);
     // SAFETY:
     // - every element of `lhs` and `rhs` lies in their slices: `Matrix::new` has checked the last one;
-    // - `dst` is a slice of m * n values, written at i * n + j only, and borrowed for this call alone;
+    // - `dst` has room for the last row, is written at i * row_stride + j only, and borrowed for this call alone;
     // - strides came from lengths of slices, so they fit in isize.
     unsafe {
         gemm::gemm(

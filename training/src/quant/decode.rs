@@ -12,6 +12,8 @@ const TASK: usize = 256;
 
 /// What a block decodes to.
 pub trait Decoded: Copy + Send + Sync {
+    /// Zero.
+    const ZERO: Self;
     /// The 16 values of a block, as they are stored, in words of 32 bits.
     fn table(scale: f32) -> [u32; 16];
     /// Decodes a block.
@@ -19,6 +21,8 @@ pub trait Decoded: Copy + Send + Sync {
 }
 
 impl Decoded for f32 {
+    const ZERO: f32 = 0.0;
+
     fn table(scale: f32) -> [u32; 16] {
         CODEBOOK.map(|c| (c * scale).to_bits())
     }
@@ -37,6 +41,8 @@ impl Decoded for f32 {
 }
 
 impl Decoded for bf16 {
+    const ZERO: bf16 = bf16::ZERO;
+
     fn table(scale: f32) -> [u32; 16] {
         CODEBOOK.map(|c| u32::from(to_bf16(c * scale).to_bits()))
     }
@@ -116,29 +122,34 @@ impl Nf4 {
         T::block(packed, &T::table(self.scale(Sign::Signed.map(), block)), to);
     }
 
-    /// Decodes the given rows and columns, row-major. Columns must begin and end at blocks, or be all.
-    pub fn decode_piece<T: Decoded>(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [T]) {
-        let first = rows.start * self.cols;
-        if columns.len() == self.cols && first.is_multiple_of(BLOCK) && to.len().is_multiple_of(BLOCK) {
-            let first = first / BLOCK;
-            to.par_chunks_mut(TASK * BLOCK).enumerate().for_each(|(task, to)| {
-                for (i, to) in to.chunks_mut(BLOCK).enumerate() {
-                    self.decode_block(first + task * TASK + i, to);
+    /// Decodes the given rows and columns into rows of `stride` values, on this thread; what stands behind them there
+    /// stays.
+    pub fn decode_piece<T: Decoded>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        to: &mut [T],
+        stride: usize,
+    ) {
+        let mut whole = [T::ZERO; BLOCK];
+        for (to, row) in to.chunks_mut(stride).zip(rows) {
+            let (mut at, end) = (row * self.cols + columns.start, row * self.cols + columns.end);
+            let mut to = &mut to[..columns.len()];
+            while at < end {
+                // A block, or the part of one that lies in this row and these columns.
+                let first = at % BLOCK;
+                let (here, rest) = to.split_at_mut((BLOCK - first).min(end - at));
+                match here.len() {
+                    BLOCK => self.decode_block(at / BLOCK, here),
+                    len => {
+                        self.decode_block(at / BLOCK, &mut whole);
+                        here.copy_from_slice(&whole[first..first + len]);
+                    }
                 }
-            });
-            return;
-        }
-        assert!(
-            [self.cols, columns.start, columns.end].iter().all(|c| c.is_multiple_of(BLOCK)),
-            "columns {columns:?} of {} do not lie at blocks of {BLOCK}",
-            self.cols
-        );
-        let (across, begin) = (self.cols / BLOCK, columns.start / BLOCK);
-        to.par_chunks_mut(columns.len()).enumerate().for_each(|(i, to)| {
-            for (j, to) in to.chunks_mut(BLOCK).enumerate() {
-                self.decode_block((rows.start + i) * across + begin + j, to);
+                at += here.len();
+                to = rest;
             }
-        });
+        }
     }
 }
 
@@ -169,17 +180,21 @@ mod tests {
 
     #[test]
     fn pieces_are_those_of_the_whole() {
-        let (rows, cols) = (130, 192);
-        let values: Vec<f32> =
-            (0..rows * cols).map(|i| ((i * 7919 % 2003) as f32 / 1001.5 - 1.0) * 0.1).collect();
-        let nf4 = Nf4::quantize(&values, rows, cols).unwrap();
-        let whole = nf4.dequantize();
-        for (r, c) in [(0..130, 0..192), (64..130, 0..192), (3..5, 64..192), (0..130, 128..192)] {
-            let mut piece = vec![0f32; r.len() * c.len()];
-            nf4.decode_piece(r.clone(), c.clone(), &mut piece);
-            let expected: Vec<f32> =
-                r.clone().flat_map(|i| whole[i * cols + c.start..i * cols + c.end].to_vec()).collect();
-            assert_eq!(piece, expected, "{r:?} {c:?}");
+        for (rows, cols) in [(130, 192), (16, 100)] {
+            let values: Vec<f32> =
+                (0..rows * cols).map(|i| ((i * 7919 % 2003) as f32 / 1001.5 - 1.0) * 0.1).collect();
+            let nf4 = Nf4::quantize(&values, rows, cols).unwrap();
+            let whole = nf4.dequantize();
+            for (r, c) in
+                [(0..rows, 0..cols), (rows / 2..rows, 0..cols), (3..5, 64..cols), (0..rows, cols - 36..cols)]
+            {
+                let stride = c.len() + 3;
+                let mut piece = vec![7f32; r.len() * stride];
+                nf4.decode_piece(r.clone(), c.clone(), &mut piece, stride);
+                let row = |i: usize| [&whole[i * cols + c.start..i * cols + c.end], &[7.0; 3]].concat();
+                let expected: Vec<f32> = r.clone().flat_map(row).collect();
+                assert_eq!(piece, expected, "{r:?} {c:?}");
+            }
         }
     }
 }

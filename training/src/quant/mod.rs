@@ -12,4 +12,3 @@ pub use dynamic::{DYNAMIC_BLOCK, Dynamic8, Sign};
 pub use frozen::{Frozen, Storage};
 pub use nf4::{BLOCK, CODEBOOK, Nf4, SCALE_BLOCK, dynamic_map, unsigned_dynamic_map};
 pub use placed::Placed;
-pub use products::PIECE_BYTES;

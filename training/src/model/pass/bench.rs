@@ -1,19 +1,22 @@
 //! Rows of activations in the precision of the products, and the buffers they live in.
 
-use crate::accelerator::Accelerator;
+use crate::accelerator::{Accelerator, Sum};
 use crate::model::product::{self, Matrix, Threads};
 use crate::model::vector::{narrow, widen};
 use crate::recipe::Compute;
 use anyhow::Result;
 use half::bf16;
 use rayon::prelude::*;
-use std::cell::RefCell;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Row-major values that products read.
+///
+/// Behind each row may be room for what an adapter makes of it: a row and its room are one operand of a product in bf16.
 pub struct Rows {
     values: Values,
     width: usize,
+    room: usize,
 }
 
 enum Values {
@@ -22,9 +25,18 @@ enum Values {
 }
 
 impl Rows {
-    /// Values per row.
+    /// Values per row, without the room.
     pub fn width(&self) -> usize {
         self.width
+    }
+
+    /// Values behind each row.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
+    fn stride(&self) -> usize {
+        self.width + self.room
     }
 
     /// Number of rows.
@@ -33,12 +45,12 @@ impl Rows {
             Values::F32(v) => v.len(),
             Values::Bf16(v) => v.len(),
         };
-        len / self.width
+        len / self.stride()
     }
 
-    /// The rows from `first` on, as f32; `scratch` takes them where they are not.
-    pub fn read<'a>(&'a self, first: usize, count: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        let range = first * self.width..(first + count) * self.width;
+    /// A row as f32; `scratch` takes it where it is not.
+    pub fn read<'a>(&'a self, row: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        let range = row * self.stride()..row * self.stride() + self.width;
         match &self.values {
             Values::F32(v) => &v[range],
             Values::Bf16(v) => {
@@ -54,16 +66,20 @@ impl Rows {
 /// arithmetic that fills them.
 pub struct Workbench {
     accelerator: Option<Arc<Accelerator>>,
-    floats: RefCell<Vec<Vec<f32>>>,
-    halves: RefCell<Vec<Vec<bf16>>>,
+    floats: Idle<f32>,
+    halves: Idle<bf16>,
 }
+
+/// Buffers that nobody uses.
+type Idle<T> = Mutex<Vec<Vec<T>>>;
 
 /// A buffer of `len` values with whatever they were: the smallest idle one that holds them, or a new one in place of
 /// the largest that does not, so that batches of other sizes do not pile up.
-fn take<T: Copy + Default>(idle: &RefCell<Vec<Vec<T>>>, len: usize) -> Vec<T> {
-    let mut idle = idle.borrow_mut();
+fn take<T: Copy + Default>(idle: &Idle<T>, len: usize) -> Vec<T> {
+    let mut idle = idle.lock().unwrap_or_else(PoisonError::into_inner);
     let fits = (0..idle.len()).filter(|&i| (len..=2 * len).contains(&idle[i].capacity()));
-    let mut buffer = match fits.min_by_key(|&i| idle[i].capacity()) {
+    // The last of several: it is the one most likely to be in the cache.
+    let mut buffer = match fits.rev().min_by_key(|&i| idle[i].capacity()) {
         Some(i) => idle.swap_remove(i),
         None => {
             let small = (0..idle.len()).filter(|&i| idle[i].capacity() < len);
@@ -77,29 +93,55 @@ fn take<T: Copy + Default>(idle: &RefCell<Vec<Vec<T>>>, len: usize) -> Vec<T> {
     buffer
 }
 
-/// One side of a product: rows, or their transpose.
-#[derive(Clone, Copy)]
+/// One side of a product: lines and columns of rows, or their transpose.
+#[derive(Clone)]
 pub struct Side<'a> {
     rows: &'a Rows,
+    lines: Range<usize>,
+    columns: Range<usize>,
     turned: bool,
 }
 
 /// The rows as they are.
 pub fn plain(rows: &Rows) -> Side<'_> {
-    Side { rows, turned: false }
-}
-
-/// Their transpose.
-pub fn turned(rows: &Rows) -> Side<'_> {
-    Side { rows, turned: true }
+    Side { rows, lines: 0..rows.count(), columns: 0..rows.width, turned: false }
 }
 
 impl<'a> Side<'a> {
+    /// The rows with what stands in their room.
+    pub fn whole(rows: &'a Rows) -> Self {
+        Side { columns: 0..rows.stride(), ..plain(rows) }
+    }
+
+    /// Some of the rows.
+    pub fn lines(self, lines: Range<usize>) -> Self {
+        Side { lines, ..self }
+    }
+
+    /// Some of the columns.
+    pub fn columns(self, columns: Range<usize>) -> Self {
+        Side { columns, ..self }
+    }
+
+    /// The transpose.
+    pub fn t(self) -> Self {
+        Side { turned: !self.turned, ..self }
+    }
+
     fn matrix<T: Copy>(&self, values: &'a [T]) -> Matrix<'a, T> {
-        let width = self.rows.width;
-        let matrix = Matrix::new(values, (values.len() / width, width), (width, 1));
+        let stride = self.rows.stride();
+        let first = &values[self.lines.start * stride + self.columns.start..];
+        let matrix = Matrix::new(first, (self.lines.len(), self.columns.len()), (stride, 1));
         if self.turned { matrix.t() } else { matrix }
     }
+}
+
+/// Where a product goes: columns of row-major values, from the first of the slice on, their rows `stride` apart.
+pub struct Place<'a, T = f32> {
+    /// The values.
+    pub to: &'a mut [T],
+    /// Distance of rows.
+    pub stride: usize,
 }
 
 impl Workbench {
@@ -109,7 +151,7 @@ impl Workbench {
             Compute::F32 => None,
             Compute::Bf16 => Some(Accelerator::find()?),
         };
-        Ok(Workbench { accelerator, floats: RefCell::default(), halves: RefCell::default() })
+        Ok(Workbench { accelerator, floats: Idle::default(), halves: Idle::default() })
     }
 
     /// What multiplies bf16, where products are in bf16.
@@ -130,13 +172,13 @@ impl Workbench {
     /// Takes a buffer back.
     pub fn done(&self, buffer: Vec<f32>) {
         if buffer.capacity() > 0 {
-            self.floats.borrow_mut().push(buffer);
+            self.floats.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
         }
     }
 
     /// As [`Workbench::done`].
     pub fn done_halves(&self, buffer: Vec<bf16>) {
-        self.halves.borrow_mut().push(buffer);
+        self.halves.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
     }
 
     /// Takes rows back.
@@ -150,79 +192,78 @@ impl Workbench {
     /// Values as products read them.
     pub fn rows(&self, values: Vec<f32>, width: usize) -> Rows {
         if self.accelerator.is_none() {
-            return Rows { values: Values::F32(values), width };
+            return Rows { values: Values::F32(values), width, room: 0 };
         }
-        let mut halves = self.halves(values.len());
-        let (to, from) = (halves.par_chunks_mut(GRAIN), values.par_chunks(GRAIN));
-        to.zip(from).for_each(|(to, from)| narrow(from, to));
+        let rows = self.rows_of(&values, width);
         self.done(values);
-        Rows { values: Values::Bf16(halves), width }
+        rows
     }
 
     /// A copy of values as products read them.
     pub fn rows_of(&self, values: &[f32], width: usize) -> Rows {
-        self.fill(values.len() / width, width, |row, to| to.copy_from_slice(&values[row * width..][..width]))
+        if self.accelerator.is_none() {
+            let mut copy = self.floats(values.len());
+            copy.copy_from_slice(values);
+            return Rows { values: Values::F32(copy), width, room: 0 };
+        }
+        let mut halves = self.halves(values.len());
+        let (to, from) = (halves.par_chunks_mut(GRAIN), values.par_chunks(GRAIN));
+        to.zip(from).for_each(|(to, from)| narrow(from, to));
+        Rows { values: Values::Bf16(halves), width, room: 0 }
     }
 
-    /// A copy in f32.
-    pub fn copy(&self, rows: &Rows) -> Vec<f32> {
-        let len = rows.count() * rows.width;
-        let mut copy = self.floats(len);
-        copy.par_chunks_mut(GRAIN).enumerate().for_each(|(i, to)| {
-            let range = i * GRAIN..i * GRAIN + to.len();
-            match &rows.values {
-                Values::F32(v) => to.copy_from_slice(&v[range]),
-                Values::Bf16(v) => widen(&v[range], to),
-            }
-        });
-        copy
-    }
-
-    /// Fresh rows, each filled by `f(row, values)`.
-    pub fn fill(&self, count: usize, width: usize, f: impl Fn(usize, &mut [f32]) + Sync) -> Rows {
+    /// Fresh rows, each filled by `f(row, values)`, with zeros in their `room`; products in f32 need none and get none.
+    pub fn fill(
+        &self,
+        count: usize,
+        (width, room): (usize, usize),
+        f: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Rows {
         if self.accelerator.is_none() {
             let mut values = self.floats(count * width);
             by_rows(&mut values, width, f);
-            return Rows { values: Values::F32(values), width };
+            return Rows { values: Values::F32(values), width, room: 0 };
         }
-        let mut halves = self.halves(count * width);
-        let rows = rows_per_task(width);
-        halves.par_chunks_mut(rows * width).enumerate().for_each(|(task, block)| {
+        let stride = width + room;
+        let mut halves = self.halves(count * stride);
+        let rows = rows_per_task(stride);
+        halves.par_chunks_mut(rows * stride).enumerate().for_each(|(task, block)| {
             let mut scratch = vec![0f32; width];
-            for (i, to) in block.chunks_mut(width).enumerate() {
+            for (i, to) in block.chunks_mut(stride).enumerate() {
                 f(task * rows + i, &mut scratch);
-                narrow(&scratch, to);
+                narrow(&scratch, &mut to[..width]);
+                to[width..].fill(bf16::ZERO);
             }
         });
-        Rows { values: Values::Bf16(halves), width }
+        Rows { values: Values::Bf16(halves), width, room }
     }
 
-    /// As [`Workbench::fill`], two at once.
-    pub fn fill_two(
+    /// Fresh rows in bf16, without room, that `f` fills; the accelerator must be there.
+    pub fn halves_by(
         &self,
         count: usize,
         width: usize,
-        f: impl Fn(usize, &mut [f32], &mut [f32]) + Sync,
-    ) -> (Rows, Rows) {
-        let rows = |values| Rows { values, width };
-        if self.accelerator.is_none() {
-            let (mut a, mut b) = (self.floats(count * width), self.floats(count * width));
-            by_pairs(&mut a, &mut b, width, |row, (a, b), _| f(row, a, b));
-            return (rows(Values::F32(a)), rows(Values::F32(b)));
-        }
-        let (mut a, mut b) = (self.halves(count * width), self.halves(count * width));
-        by_pairs(&mut a, &mut b, width, |row, (a, b), scratch| {
-            scratch.resize(2 * width, 0.0);
-            let (x, y) = scratch.split_at_mut(width);
-            f(row, x, y);
-            narrow(x, a);
-            narrow(y, b);
-        });
-        (rows(Values::Bf16(a)), rows(Values::Bf16(b)))
+        f: impl FnOnce(&mut [bf16]) -> Result<()>,
+    ) -> Result<Rows> {
+        let mut halves = self.halves(count * width);
+        f(&mut halves)?;
+        Ok(Rows { values: Values::Bf16(halves), width, room: 0 })
     }
 
-    /// The transposed rows.
-    fn transposed(&self, rows: &Rows) -> Rows {
+    /// Copies `low` into the room of rows in bf16.
+    pub fn put(&self, rows: &mut Rows, low: &Rows) {
+        let (width, stride) = (rows.width, rows.stride());
+        if let (Values::Bf16(to), Values::Bf16(low)) = (&mut rows.values, &low.values) {
+            let room = stride - width;
+            to.chunks_mut(stride)
+                .zip(low.chunks(room))
+                .for_each(|(to, low)| to[width..].copy_from_slice(low));
+        }
+    }
+
+    /// The transposed rows, without room.
+    pub fn transposed(&self, rows: &Rows) -> Rows {
+        debug_assert_eq!(rows.room, 0);
         let (count, width) = (rows.count(), rows.width);
         let values = match &rows.values {
             Values::F32(v) => {
@@ -236,66 +277,146 @@ impl Workbench {
                 Values::Bf16(to)
             }
         };
-        Rows { values, width: count }
+        Rows { values, width: count, room: 0 }
     }
 
-    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`.
-    pub fn multiply(&self, dst: &mut [f32], add: bool, lhs: Side<'_>, rhs: Side<'_>) -> Result<()> {
-        match (&lhs.rows.values, &rhs.rows.values) {
-            (Values::F32(a), Values::F32(b)) => {
-                product::product(dst, add, lhs.matrix(a), rhs.matrix(b), Threads::All);
+    /// `to = lhs rhs` or, with `add`, `to += lhs rhs`.
+    pub fn multiply(&self, to: Place<'_>, add: bool, lhs: &Side<'_>, rhs: &Side<'_>) -> Result<()> {
+        match (&lhs.rows.values, &rhs.rows.values, &self.accelerator) {
+            (Values::F32(a), Values::F32(b), _) => {
+                product::product_into(to.to, to.stride, add, lhs.matrix(a), rhs.matrix(b), Threads::All);
                 Ok(())
             }
-            (Values::Bf16(_), Values::Bf16(b)) if lhs.turned => {
-                let copy = self.transposed(lhs.rows);
-                let Values::Bf16(a) = &copy.values else { unreachable!("a copy is of the same kind") };
-                let width = rhs.matrix(b).dims().1;
-                self.multiply_bf16(dst, width, add, plain(&copy).matrix(a), rhs.matrix(b))?;
-                self.release(copy);
-                Ok(())
-            }
-            (Values::Bf16(a), Values::Bf16(b)) => {
-                let rhs = rhs.matrix(b);
-                self.multiply_bf16(dst, rhs.dims().1, add, lhs.matrix(a), rhs)
+            (Values::Bf16(a), Values::Bf16(b), Some(accelerator)) => {
+                accelerator.product(to.to, to.stride, add, lhs.matrix(a), rhs.matrix(b))
             }
             _ => anyhow::bail!("a product of f32 and bf16 rows"),
         }
     }
 
-    /// The same with a weight: f32 as it is.
-    pub fn multiply_f32(&self, dst: &mut [f32], add: bool, lhs: &Rows, rhs: Matrix<'_>) -> Result<()> {
-        let Values::F32(a) = &lhs.values else { anyhow::bail!("f32 rows are needed") };
-        product::product(dst, add, plain(lhs).matrix(a), rhs, Threads::All);
+    /// The same with a weight in f32.
+    pub fn multiply_f32(&self, to: Place<'_>, add: bool, lhs: &Side<'_>, rhs: Matrix<'_>) -> Result<()> {
+        let Values::F32(a) = &lhs.rows.values else { anyhow::bail!("f32 rows are needed") };
+        product::product_into(to.to, to.stride, add, lhs.matrix(a), rhs, Threads::All);
         Ok(())
     }
 
-    /// The same with a piece of a weight in bf16: `columns` of the left side, and the columns of the result from
-    /// `column` on, of `row_stride` in all.
-    pub fn multiply_piece(
+    /// `to = lhs rhs^T` in bf16: `write(lines, values)` gives lines of `rhs` when they are needed, to the thread that
+    /// multiplies them.
+    pub fn multiply_turned<T: Kept>(
         &self,
-        dst: &mut [f32],
-        (row_stride, column): (usize, usize),
-        add: bool,
-        (lhs, columns): (&Rows, std::ops::Range<usize>),
-        rhs: Matrix<'_, bf16>,
+        to: Place<'_, T>,
+        lhs: &Side<'_>,
+        write: impl Fn(Range<usize>, &mut [bf16]) -> Result<()> + Sync,
     ) -> Result<()> {
-        let Values::Bf16(a) = &lhs.values else { anyhow::bail!("bf16 rows are needed") };
-        let shape = (lhs.count(), columns.len());
-        let lhs = Matrix::new(&a[columns.start..], shape, (lhs.width, 1));
-        self.multiply_bf16(&mut dst[column..], row_stride, add, lhs, rhs)
+        let (accelerator, lhs) = self.in_bf16(lhs)?;
+        let (rows, depth) = lhs.dims();
+        let pieces = split(to.stride, PIECE / depth, rayon::current_num_threads());
+        accelerator.by_columns(to.to, (rows, to.stride), &pieces, |piece, mut columns| {
+            let mut values = self.halves(piece.len() * depth);
+            write(piece.clone(), &mut values)?;
+            let rhs = Matrix::new(&values, (piece.len(), depth), (depth, 1)).t();
+            if accelerator.wants_dense() && piece.len() < to.stride {
+                let mut dense = T::take(self, rows * piece.len());
+                columns.add_in(&mut dense, true, lhs, rhs)?;
+                T::give(self, dense);
+            } else {
+                columns.add(lhs, rhs)?;
+            }
+            self.done_halves(values);
+            Ok(())
+        })
     }
 
-    fn multiply_bf16(
+    /// `to = lhs rhs` in bf16: `write(lines, columns, values)` gives a part of `rhs` when it is needed, to the thread that
+    /// multiplies it.
+    pub fn multiply_plain(
         &self,
-        dst: &mut [f32],
-        row_stride: usize,
-        add: bool,
-        lhs: Matrix<'_, bf16>,
-        rhs: Matrix<'_, bf16>,
+        to: Place<'_>,
+        lhs: &Side<'_>,
+        write: impl Fn(Range<usize>, Range<usize>, &mut [bf16]) -> Result<()> + Sync,
     ) -> Result<()> {
-        let Some(accelerator) = &self.accelerator else { anyhow::bail!("no accelerator for bf16") };
-        accelerator.product(dst, row_stride, add, lhs, rhs)
+        let (accelerator, lhs) = self.in_bf16(lhs)?;
+        let (rows, depth) = lhs.dims();
+        let pieces = split(to.stride, WIDE, rayon::current_num_threads());
+        accelerator.by_columns(to.to, (rows, to.stride), &pieces, |piece, mut columns| {
+            let through = accelerator.wants_dense() && piece.len() < to.stride;
+            let mut dense = self.floats(if through { rows * piece.len() } else { 0 });
+            for lines in split(depth, PIECE / piece.len(), 1) {
+                let (count, wide) = (lines.len(), piece.len());
+                let mut values = self.halves(count * wide);
+                write(lines.clone(), piece.clone(), &mut values)?;
+                let rhs = Matrix::new(&values, (count, wide), (wide, 1));
+                let part = lhs.columns(lines.start, count);
+                if accelerator.wants_dense() && count < depth {
+                    let mut copy = self.halves(rows * count);
+                    copy.chunks_mut(count).enumerate().for_each(|(i, to)| to.copy_from_slice(part.line(i)));
+                    let part = Matrix::new(&copy, (rows, count), (count, 1));
+                    columns.add_in(&mut dense, lines.end == depth, part, rhs)?;
+                    self.done_halves(copy);
+                } else if through {
+                    columns.add_in(&mut dense, lines.end == depth, part, rhs)?;
+                } else {
+                    columns.add(part, rhs)?;
+                }
+                self.done_halves(values);
+            }
+            self.done(dense);
+            Ok(())
+        })
     }
+
+    fn in_bf16<'a>(&self, side: &Side<'a>) -> Result<(&Arc<Accelerator>, Matrix<'a, bf16>)> {
+        match (&side.rows.values, &self.accelerator) {
+            (Values::Bf16(values), Some(accelerator)) => Ok((accelerator, side.matrix(values))),
+            _ => anyhow::bail!("bf16 rows and an accelerator are needed"),
+        }
+    }
+}
+
+/// Values that a workbench keeps buffers of.
+pub trait Kept: Sum {
+    /// A buffer with values left over.
+    fn take(bench: &Workbench, len: usize) -> Vec<Self>;
+    /// Gives it back.
+    fn give(bench: &Workbench, buffer: Vec<Self>);
+}
+
+impl Kept for f32 {
+    fn take(bench: &Workbench, len: usize) -> Vec<f32> {
+        bench.floats(len)
+    }
+
+    fn give(bench: &Workbench, buffer: Vec<f32>) {
+        bench.done(buffer);
+    }
+}
+
+impl Kept for bf16 {
+    fn take(bench: &Workbench, len: usize) -> Vec<bf16> {
+        bench.halves(len)
+    }
+
+    fn give(bench: &Workbench, buffer: Vec<bf16>) {
+        bench.done_halves(buffer);
+    }
+}
+
+/// Values of a weight that a thread turns to bf16 at a time: 768 KiB stay in its cache until they are multiplied, and a
+/// copy of the whole model is never held.
+const PIECE: usize = 384 << 10;
+/// Bytes of such a piece.
+pub const PIECE_BYTES: usize = PIECE * size_of::<bf16>();
+/// Most columns of a result that a thread adds up at a time.
+const WIDE: usize = 512;
+
+/// Equal parts of `0..whole` of at most about `most`, as many as are a multiple of `threads`.
+fn split(whole: usize, most: usize, threads: usize) -> Vec<Range<usize>> {
+    /// Parts begin at multiples of this.
+    const ROUND: usize = 32;
+    let count = whole.div_ceil(most.max(ROUND)).next_multiple_of(threads);
+    let step = whole.div_ceil(count).next_multiple_of(ROUND);
+    (0..whole).step_by(step).map(|start| start..(start + step).min(whole)).collect()
 }
 
 /// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
@@ -328,19 +449,22 @@ pub fn transpose<T: Copy + Send + Sync>(from: &[T], width: usize, to: &mut [T]) 
     });
 }
 
-/// As [`by_rows`], over two arrays of one shape, with room that a task may use again for its next row.
-fn by_pairs<T: Send>(
-    a: &mut [T],
-    b: &mut [T],
-    width: usize,
-    f: impl Fn(usize, (&mut [T], &mut [T]), &mut Vec<f32>) + Sync,
-) {
-    let rows = rows_per_task(width);
-    let blocks = a.par_chunks_mut(rows * width).zip(b.par_chunks_mut(rows * width));
-    blocks.enumerate().for_each(|(task, (a, b))| {
-        let mut scratch = Vec::new();
-        for (i, pair) in a.chunks_mut(width).zip(b.chunks_mut(width)).enumerate() {
-            f(task * rows + i, pair, &mut scratch);
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_all_of_it_and_as_many_as_threads_need() {
+        for (whole, most, threads) in
+            [(3072, 600, 2), (576, 512, 2), (1536, 512, 3), (40, 512, 2), (1, 1, 4), (151_936, 256, 16)]
+        {
+            let parts = split(whole, most, threads);
+            assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..whole).collect::<Vec<_>>());
+            assert!(parts.iter().all(|part| part.len() <= most.next_multiple_of(32) && part.start % 32 == 0));
+            assert!(
+                parts.len() >= threads.min(whole.div_ceil(32)) || whole.div_ceil(parts.len()) <= 64,
+                "{parts:?}"
+            );
         }
-    });
+    }
 }

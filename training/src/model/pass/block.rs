@@ -1,7 +1,7 @@
 //! One block: what forward keeps of it, and its backward.
 
 use super::bench::{Rows, Workbench, by_rows};
-use super::linear::{self, LoraGradient};
+use super::linear::{Linear, LoraGradient};
 use crate::lora::Lora;
 use crate::model::attention::{Heads, Scores, Sizes, Visibility};
 use crate::model::decoder::{Block, Pass};
@@ -13,26 +13,35 @@ pub struct Kept {
     /// The residual stream before attention and before the feed-forward layer.
     x: Vec<f32>,
     middle: Vec<f32>,
-    /// Queries, keys and values as their layers gave them.
-    qkv: [Rows; 3],
+    /// Queries, keys and values side by side, as their layers gave them.
+    qkv: Rows,
     mixed: Rows,
-    gate: Rows,
-    up: Rows,
+    /// Gate and up side by side.
+    gate_up: Rows,
     /// What attention and feed-forward returned, where a norm follows.
     left: [Option<Rows>; 2],
-    /// s (x A^T) of every adapter.
-    low: [Option<Rows>; 7],
+    /// s (x A^T) of the adapters of each of [`GROUPS`].
+    low: [Option<Rows>; 4],
 }
 
 impl Kept {
     /// Gives the buffers back.
     fn release(self, bench: &Workbench) {
-        let Kept { x, middle, qkv, mixed, gate, up, left, low } = self;
+        let Kept { x, middle, qkv, mixed, gate_up, left, low } = self;
         [x, middle].into_iter().for_each(|buffer| bench.done(buffer));
-        let rows = qkv.into_iter().chain([mixed, gate, up]);
+        let rows = [qkv, mixed, gate_up].into_iter();
         rows.chain(left.into_iter().chain(low).flatten()).for_each(|rows| bench.release(rows));
     }
 }
+
+/// Modules that read the same rows, in the order of a block.
+const GROUPS: [&[Module]; 4] =
+    [&[Module::Q, Module::K, Module::V], &[Module::O], &[Module::Gate, Module::Up], &[Module::Down]];
+/// Places in it.
+const QKV: usize = 0;
+const O: usize = 1;
+const GATE_UP: usize = 2;
+const DOWN: usize = 3;
 
 /// A block on one batch.
 pub struct Work<'a> {
@@ -48,12 +57,10 @@ pub struct Work<'a> {
 pub type Gradients = [Option<LoraGradient>; 7];
 
 impl Work<'_> {
-    fn lora(&self, module: Module) -> Option<&Lora> {
-        self.loras.and_then(|l| l[module as usize].as_ref())
-    }
-
-    fn linear(&self, module: Module, x: &Rows) -> Result<(Vec<f32>, Option<Rows>)> {
-        linear::forward(self.bench, &self.block.linears[module as usize], self.lora(module), x)
+    fn linear(&self, group: usize) -> Result<Linear<'_>> {
+        let lora = |module: Module| self.loras.and_then(|l| l[module as usize].as_ref());
+        let layer = |module: Module| (&self.block.linears[module as usize], lora(module));
+        Linear::new(self.bench, GROUPS[group].iter().map(|&module| layer(module)))
     }
 
     fn rows(&self) -> usize {
@@ -64,9 +71,9 @@ impl Work<'_> {
         self.pass.tokens
     }
 
-    fn normed(&self, norm: &Norm, x: &[f32]) -> Rows {
+    fn normed(&self, norm: &Norm, x: &[f32], room: usize) -> Rows {
         let width = norm.values().len();
-        self.bench.fill(x.len() / width, width, |row, y| {
+        self.bench.fill(x.len() / width, (width, room), |row, y| {
             kernels::norm(&x[row * width..][..width], norm.values(), norm.eps(), y);
         })
     }
@@ -80,42 +87,46 @@ impl Work<'_> {
         });
     }
 
-    /// Queries (0) or keys (1) after their norm and rotation.
-    fn turn(&self, which: usize, x: &mut [f32]) {
-        let dim = self.config.head_dim;
-        let width = dim * [self.config.n_heads, self.config.n_kv_heads][which];
-        let rotation = &self.pass.rotations[self.config.layers[self.layer].rope][which];
-        by_rows(x, width, |row, x| {
-            if let Some(norms) = &self.block.query_key_norms {
-                let norm = &norms[which];
-                let mut head = vec![0f32; dim];
-                for x in x.chunks_mut(dim) {
-                    kernels::norm(x, norm.values(), norm.eps(), &mut head);
-                    x.copy_from_slice(&head);
-                }
-            }
-            let (cos, sin) = rotation.row(row);
-            kernels::rotate(x, cos, sin, 1.0);
-        });
+    /// Values per row of queries and of keys.
+    fn widths(&self) -> (usize, usize) {
+        let c = self.config;
+        (c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim)
     }
 
-    /// The gradient of turned queries or keys becomes that of `x`, which their layer gave.
-    fn turn_back(&self, which: usize, x: &Rows, gradient: &mut [f32]) {
-        let dim = self.config.head_dim;
-        let width = x.width();
-        let rotation = &self.pass.rotations[self.config.layers[self.layer].rope][which];
-        by_rows(gradient, width, |row, dx| {
-            let (cos, sin) = rotation.row(row);
-            kernels::rotate(dx, cos, sin, -1.0);
-            if let Some(norms) = &self.block.query_key_norms {
-                let norm = &norms[which];
-                let mut scratch = Vec::new();
-                let x = x.read(row, 1, &mut scratch);
-                for (dx, x) in dx.chunks_mut(dim).zip(x.chunks(dim)) {
-                    kernels::norm_gradient(x, norm.values(), norm.eps(), None, dx);
+    /// Rows of queries, keys and values in f32, the first two after their norms and rotations.
+    fn turned(&self, qkv: &Rows) -> Vec<f32> {
+        let (dim, (queries, keys)) = (self.config.head_dim, self.widths());
+        let rotations = &self.pass.rotations[self.config.layers[self.layer].rope];
+        let mut turned = self.bench.floats(qkv.count() * qkv.width());
+        by_rows(&mut turned, qkv.width(), |row, to| {
+            let (mut scratch, mut head) = (Vec::new(), vec![0f32; dim]);
+            to.copy_from_slice(qkv.read(row, &mut scratch));
+            for (which, columns) in [0..queries, queries..queries + keys].into_iter().enumerate() {
+                let x = &mut to[columns];
+                if let Some(norms) = &self.block.query_key_norms {
+                    for x in x.chunks_mut(dim) {
+                        kernels::norm(x, norms[which].values(), norms[which].eps(), &mut head);
+                        x.copy_from_slice(&head);
+                    }
                 }
+                let (cos, sin) = rotations[which].row(row);
+                kernels::rotate(x, cos, sin, 1.0);
             }
         });
+        turned
+    }
+
+    /// The gradient of a row of turned queries (0) or keys (1) becomes that of `x`, which their layer gave.
+    fn turn_back(&self, which: usize, row: usize, x: &[f32], dx: &mut [f32]) {
+        let dim = self.config.head_dim;
+        let (cos, sin) = self.pass.rotations[self.config.layers[self.layer].rope][which].row(row);
+        kernels::rotate(dx, cos, sin, -1.0);
+        if let Some(norms) = &self.block.query_key_norms {
+            let norm = &norms[which];
+            for (dx, x) in dx.chunks_mut(dim).zip(x.chunks(dim)) {
+                kernels::norm_gradient(x, norm.values(), norm.eps(), None, dx);
+            }
+        }
     }
 
     fn heads(&self) -> Heads {
@@ -134,10 +145,12 @@ impl Work<'_> {
         }
     }
 
-    fn inner(&self, gate: &Rows, up: &Rows) -> Rows {
-        self.bench.fill(gate.count(), gate.width(), |row, y| {
-            let (mut a, mut b) = (Vec::new(), Vec::new());
-            kernels::gated(self.config.activation, gate.read(row, 1, &mut a), up.read(row, 1, &mut b), y);
+    fn inner(&self, gate_up: &Rows, room: usize) -> Rows {
+        let width = self.config.intermediate_size;
+        self.bench.fill(gate_up.count(), (width, room), |row, y| {
+            let mut scratch = Vec::new();
+            let (gate, up) = gate_up.read(row, &mut scratch).split_at(width);
+            kernels::gated(self.config.activation, gate, up, y);
         })
     }
 
@@ -158,99 +171,104 @@ impl Work<'_> {
     }
 
     /// The gradient of what [`Work::leave`] was given, from that of what it returned.
-    fn leave_back(&self, half: usize, left: Option<&Rows>, dy: &[f32]) -> Result<Rows> {
+    fn leave_back(&self, half: usize, left: Option<&Rows>, dy: &[f32], room: usize) -> Result<Rows> {
         let width = self.config.hidden_size;
-        let Some(norms) = &self.block.post_norms else {
-            return Ok(self
-                .bench
-                .fill(self.rows(), width, |row, to| to.copy_from_slice(&dy[row * width..][..width])));
+        let norm = match &self.block.post_norms {
+            None => None,
+            Some(norms) => Some((&norms[half], left.context("what a norm took in was not kept")?)),
         };
-        let (norm, left) = (&norms[half], left.context("what a norm took in was not kept")?);
-        Ok(self.bench.fill(self.rows(), width, |row, dx| {
-            let mut scratch = Vec::new();
+        Ok(self.bench.fill(self.rows(), (width, room), |row, dx| {
             dx.copy_from_slice(&dy[row * width..][..width]);
-            kernels::norm_gradient(left.read(row, 1, &mut scratch), norm.values(), norm.eps(), None, dx);
+            if let Some((norm, left)) = norm {
+                let mut scratch = Vec::new();
+                kernels::norm_gradient(left.read(row, &mut scratch), norm.values(), norm.eps(), None, dx);
+            }
         }))
     }
 
     /// The block's output for its input `x`, and what backward needs.
     pub fn forward(&self, x: Vec<f32>) -> Result<(Vec<f32>, Kept)> {
-        let (bench, c) = (self.bench, self.config);
-        let h = self.normed(&self.block.attention_norm, &x);
-        let [(mut q, low_q), (mut k, low_k), (v, low_v)] =
-            [self.linear(Module::Q, &h)?, self.linear(Module::K, &h)?, self.linear(Module::V, &h)?];
+        let bench = self.bench;
+        let linear = self.linear(QKV)?;
+        let mut h = self.normed(&self.block.attention_norm, &x, linear.rank());
+        let (qkv, low_qkv) = linear.forward_rows(&mut h)?;
         bench.release(h);
-        let [wide_q, wide_k] = [c.n_heads, c.n_kv_heads].map(|n| n * c.head_dim);
-        let kept = [bench.rows_of(&q, wide_q), bench.rows_of(&k, wide_k), bench.rows_of(&v, wide_k)];
-        self.turn(0, &mut q);
-        self.turn(1, &mut k);
-        let mixed = self.heads().forward(bench, [&q, &k, &v])?;
-        [q, k, v].into_iter().for_each(|buffer| bench.done(buffer));
-        let mixed = bench.rows(mixed, wide_q);
-        let (attended, low_o) = self.linear(Module::O, &mixed)?;
+        let linear = self.linear(O)?;
+        let mut mixed = self.mixed(&qkv, linear.rank())?;
+        let (attended, low_o) = linear.forward(&mut mixed)?;
         let (middle, left_attention) = self.leave(0, &x, attended);
-        let h = self.normed(&self.block.mlp_norm, &middle);
-        let ((gate, low_gate), (up, low_up)) = (self.linear(Module::Gate, &h)?, self.linear(Module::Up, &h)?);
+        let linear = self.linear(GATE_UP)?;
+        let mut h = self.normed(&self.block.mlp_norm, &middle, linear.rank());
+        let (gate_up, low_gate_up) = linear.forward_rows(&mut h)?;
         bench.release(h);
-        let [gate, up] = [gate, up].map(|values| bench.rows(values, c.intermediate_size));
-        let inner = self.inner(&gate, &up);
-        let (down, low_down) = self.linear(Module::Down, &inner)?;
+        let linear = self.linear(DOWN)?;
+        let mut inner = self.inner(&gate_up, linear.rank());
+        let (down, low_down) = linear.forward(&mut inner)?;
         bench.release(inner);
         let (y, left_mlp) = self.leave(1, &middle, down);
-        let low = [low_q, low_k, low_v, low_o, low_gate, low_up, low_down];
-        Ok((y, Kept { x, middle, qkv: kept, mixed, gate, up, left: [left_attention, left_mlp], low }))
+        let (left, low) = ([left_attention, left_mlp], [low_qkv, low_o, low_gate_up, low_down]);
+        Ok((y, Kept { x, middle, qkv, mixed, gate_up, left, low }))
+    }
+
+    /// What attention makes of the values.
+    fn mixed(&self, qkv: &Rows, room: usize) -> Result<Rows> {
+        let (turned, heads) = (self.turned(qkv), self.heads());
+        let by_head = heads.forward(self.bench, &turned)?;
+        self.bench.done(turned);
+        let mixed =
+            self.bench.fill(self.rows(), (self.widths().0, room), |row, to| heads.gather(&by_head, row, to));
+        self.bench.done(by_head);
+        Ok(mixed)
     }
 
     /// Turns the gradient in the block's output into that in its input, and gives `kept` back.
     pub fn backward(&self, kept: Kept, dy: Vec<f32>) -> Result<(Vec<f32>, Gradients)> {
-        let (bench, c) = (self.bench, self.config);
+        let bench = self.bench;
         let mut gradients: Gradients = [const { None }; 7];
-        let mut back = |module: Module, x: &Rows, dy: &Rows, to: (&mut [f32], bool)| -> Result<()> {
-            let lora = self.lora(module).zip(kept.low[module as usize].as_ref());
-            gradients[module as usize] =
-                linear::backward(bench, &self.block.linears[module as usize], lora, x, dy, to)?;
-            Ok(())
+        let mut back = |group: usize, linear: &Linear<'_>, x: Rows, mut dy: Rows| -> Result<Vec<f32>> {
+            let (dx, found) = linear.backward(&x, kept.low[group].as_ref(), &mut dy)?;
+            [x, dy].into_iter().for_each(|rows| bench.release(rows));
+            for (&module, found) in GROUPS[group].iter().zip(found) {
+                gradients[module as usize] = found;
+            }
+            Ok(dx)
         };
-        let hidden = self.rows() * c.hidden_size;
 
-        let out = self.leave_back(1, kept.left[1].as_ref(), &dy)?;
-        let inner = self.inner(&kept.gate, &kept.up);
-        let mut dinner = bench.floats(self.rows() * c.intermediate_size);
-        back(Module::Down, &inner, &out, (&mut dinner, false))?;
-        [inner, out].into_iter().for_each(|rows| bench.release(rows));
-        let (dgate, dup) = self.gated_back(&kept, dinner);
-        let h = self.normed(&self.block.mlp_norm, &kept.middle);
-        let mut dmiddle = bench.floats(hidden);
-        back(Module::Gate, &h, &dgate, (&mut dmiddle, false))?;
-        back(Module::Up, &h, &dup, (&mut dmiddle, true))?;
-        [h, dgate, dup].into_iter().for_each(|rows| bench.release(rows));
+        let linear = self.linear(DOWN)?;
+        let out = self.leave_back(1, kept.left[1].as_ref(), &dy, linear.rank())?;
+        let dinner = back(DOWN, &linear, self.inner(&kept.gate_up, 0), out)?;
+        let linear = self.linear(GATE_UP)?;
+        let dgate_up = self.gated_back(&kept.gate_up, dinner, linear.rank());
+        let h = self.normed(&self.block.mlp_norm, &kept.middle, 0);
+        let mut dmiddle = back(GATE_UP, &linear, h, dgate_up)?;
         self.norm_back(&self.block.mlp_norm, &kept.middle, Some(&dy), &mut dmiddle);
         bench.done(dy);
 
-        let out = self.leave_back(0, kept.left[0].as_ref(), &dmiddle)?;
-        let mut dmixed = bench.floats(self.rows() * c.n_heads * c.head_dim);
-        back(Module::O, &kept.mixed, &out, (&mut dmixed, false))?;
-        bench.release(out);
-        let dqkv = self.attention_back(&kept, dmixed)?;
-        let h = self.normed(&self.block.attention_norm, &kept.x);
-        let mut dx = bench.floats(hidden);
-        for (i, (module, d)) in [Module::Q, Module::K, Module::V].into_iter().zip(&dqkv).enumerate() {
-            back(module, &h, d, (&mut dx, i > 0))?;
-        }
-        bench.release(h);
-        dqkv.into_iter().for_each(|rows| bench.release(rows));
+        let linear = self.linear(O)?;
+        let out = self.leave_back(0, kept.left[0].as_ref(), &dmiddle, linear.rank())?;
+        let dmixed = back(O, &linear, kept.mixed, out)?;
+        let linear = self.linear(QKV)?;
+        let dqkv = self.attention_back(&kept.qkv, dmixed, linear.rank())?;
+        let h = self.normed(&self.block.attention_norm, &kept.x, 0);
+        let mut dx = back(QKV, &linear, h, dqkv)?;
         self.norm_back(&self.block.attention_norm, &kept.x, Some(&dmiddle), &mut dx);
         bench.done(dmiddle);
-        kept.release(bench);
+        let Kept { x, middle, qkv, gate_up, left, low, .. } = kept;
+        [x, middle].into_iter().for_each(|buffer| bench.done(buffer));
+        [qkv, gate_up]
+            .into_iter()
+            .chain(left.into_iter().chain(low).flatten())
+            .for_each(|rows| bench.release(rows));
         Ok((dx, gradients))
     }
 
     /// The gradients of gate and up.
-    fn gated_back(&self, kept: &Kept, dinner: Vec<f32>) -> (Rows, Rows) {
+    fn gated_back(&self, gate_up: &Rows, dinner: Vec<f32>, room: usize) -> Rows {
         let width = self.config.intermediate_size;
-        let both = self.bench.fill_two(self.rows(), width, |row, dgate, dup| {
-            let (mut a, mut b) = (Vec::new(), Vec::new());
-            let (gate, up) = (kept.gate.read(row, 1, &mut a), kept.up.read(row, 1, &mut b));
+        let both = self.bench.fill(self.rows(), (2 * width, room), |row, to| {
+            let mut scratch = Vec::new();
+            let (gate, up) = gate_up.read(row, &mut scratch).split_at(width);
+            let (dgate, dup) = to.split_at_mut(width);
             dup.copy_from_slice(&dinner[row * width..][..width]);
             kernels::gated_gradient(self.config.activation, gate, up, dup, dgate);
         });
@@ -259,17 +277,25 @@ impl Work<'_> {
     }
 
     /// The gradients of what the layers of queries, keys and values gave.
-    fn attention_back(&self, kept: &Kept, dmixed: Vec<f32>) -> Result<[Rows; 3]> {
-        let bench = self.bench;
-        let [mut q, mut k, v] = [0, 1, 2].map(|i| bench.copy(&kept.qkv[i]));
-        self.turn(0, &mut q);
-        self.turn(1, &mut k);
-        let [mut dq, mut dk, dv] = self.heads().backward(bench, [&q, &k, &v, &dmixed])?;
-        [q, k, v, dmixed].into_iter().for_each(|buffer| bench.done(buffer));
-        self.turn_back(0, &kept.qkv[0], &mut dq);
-        self.turn_back(1, &kept.qkv[1], &mut dk);
-        let [wide_q, wide_k] = [0, 1].map(|i| kept.qkv[i].width());
-        Ok([bench.rows(dq, wide_q), bench.rows(dk, wide_k), bench.rows(dv, wide_k)])
+    fn attention_back(&self, qkv: &Rows, dmixed: Vec<f32>, room: usize) -> Result<Rows> {
+        let (bench, heads, (queries, keys)) = (self.bench, self.heads(), self.widths());
+        let turned = self.turned(qkv);
+        let by_head = heads.backward(bench, &turned, &dmixed)?;
+        [turned, dmixed].into_iter().for_each(|buffer| bench.done(buffer));
+        let dqkv = bench.fill(self.rows(), (qkv.width(), room), |row, to| {
+            let mut scratch = Vec::new();
+            let x = qkv.read(row, &mut scratch);
+            let columns = [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys];
+            for (which, (by_head, columns)) in by_head.iter().zip(columns).enumerate() {
+                let to = &mut to[columns.clone()];
+                heads.gather(by_head, row, to);
+                if which < 2 {
+                    self.turn_back(which, row, &x[columns], to);
+                }
+            }
+        });
+        by_head.into_iter().for_each(|buffer| bench.done(buffer));
+        Ok(dqkv)
     }
 }
 

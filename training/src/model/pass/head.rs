@@ -1,6 +1,7 @@
 //! The final norm, the output head and the cross-entropy at once: logits of a few rows at a time, never of all.
 
 use super::bench::{Workbench, by_rows};
+use super::linear::Linear;
 use crate::model::{Decoder, kernels};
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
@@ -36,25 +37,24 @@ pub fn loss(
     let norm = &decoder.final_norm;
     let mut sum = 0f64;
     let rows = head_rows(vocab);
+    let head = Linear::new(bench, [(&decoder.head, None)])?;
     for (x, targets) in x.chunks_mut(rows * hidden).zip(targets.chunks(rows)) {
-        let h = bench.fill(targets.len(), hidden, |row, y| {
+        let mut h = bench.fill(targets.len(), (hidden, 0), |row, y| {
             kernels::norm(&x[row * hidden..][..hidden], norm.values(), norm.eps(), y);
         });
-        let mut logits = bench.floats(targets.len() * vocab);
-        decoder.head.multiply(bench, &h, &mut logits)?;
-        bench.release(h);
+        let (mut logits, _) = head.forward(&mut h)?;
         let rows = logits.par_chunks_mut(vocab).zip(targets);
         let losses: Vec<f64> =
             rows.map(|(row, &t)| cross_entropy(row, t as usize, decoder.config.logit_cap, scale)).collect();
         sum += losses.iter().sum::<f64>();
         if scale.is_none() {
+            bench.release(h);
             bench.done(logits);
             continue;
         }
-        let dlogits = bench.rows(logits, vocab);
-        let mut dh = bench.floats(x.len());
-        decoder.head.multiply_back(bench, &dlogits, &mut dh, false)?;
-        bench.release(dlogits);
+        let mut dlogits = bench.rows(logits, vocab);
+        let (mut dh, _) = head.backward(&h, None, &mut dlogits)?;
+        [h, dlogits].into_iter().for_each(|rows| bench.release(rows));
         by_rows(&mut dh, hidden, |row, dx| {
             kernels::norm_gradient(&x[row * hidden..][..hidden], norm.values(), norm.eps(), None, dx);
         });

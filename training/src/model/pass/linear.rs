@@ -1,105 +1,354 @@
-//! A frozen linear layer with its adapter, forward and backward.
+//! Frozen linear layers that read the same rows, with their adapters, forward and backward.
+//!
+//! In bf16 they are one product: of rows with what the adapters make of them in their room, `[x | s x A^T]`, and of
+//! weights with the other halves of the adapters behind them, `[W | B]`; backward of `[dy | s dy B]` and of the weights
+//! with A below them.
 
-use super::bench::{Rows, Workbench, by_rows, plain, transpose, turned};
+use super::bench::{Kept, Place, Rows, Side, Workbench, by_rows, plain, transpose};
 use crate::lora::{Dropout, Lora};
-use crate::model::vector;
+use crate::model::vector::{add, narrow};
 use crate::quant::Frozen;
 use anyhow::Result;
 use candle_core::Tensor;
+use half::bf16;
+use std::ops::Range;
 
 /// The gradients of A and B, row-major.
 pub type LoraGradient = (Vec<f32>, Vec<f32>);
 
-fn values(bench: &Workbench, tensor: &Tensor) -> Result<Rows> {
-    let (_, width) = tensor.dims2()?;
+/// Layers that read the same rows. What they give stands side by side.
+pub struct Linear<'a> {
+    bench: &'a Workbench,
+    parts: Vec<Part<'a>>,
+    inputs: usize,
+    outputs: usize,
+    rank: usize,
+}
+
+struct Part<'a> {
+    layer: &'a Frozen,
+    lora: Option<&'a Lora>,
+    /// Its columns among those of all layers.
+    outs: Range<usize>,
+    /// Its columns among those of all adapters.
+    low: Range<usize>,
+}
+
+/// Runs `f` on the f32 values of a CPU tensor.
+fn values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
     let (storage, layout) = tensor.storage_and_layout();
     let candle_core::Storage::Cpu(storage) = &*storage else { anyhow::bail!("a CPU tensor is needed") };
     let Some((start, end)) = layout.contiguous_offsets() else {
         anyhow::bail!("a contiguous tensor is needed")
     };
-    Ok(bench.rows_of(&storage.as_slice::<f32>()?[start..end], width))
+    Ok(f(&storage.as_slice::<f32>()?[start..end]))
 }
 
 /// `x` as the adapter reads it, where that is not `x` itself.
 fn seen(bench: &Workbench, x: &Rows, dropout: Option<Dropout>) -> Option<Rows> {
-    let factors = dropout?.factors(x.count(), x.width());
     let width = x.width();
-    Some(bench.fill(x.count(), width, |row, to| {
+    let factors = dropout?.factors(x.count(), width);
+    Some(bench.fill(x.count(), (width, 0), |row, to| {
         let mut scratch = Vec::new();
-        let x = x.read(row, 1, &mut scratch);
+        let x = x.read(row, &mut scratch);
         to.iter_mut().zip(x).zip(&factors[row * width..]).for_each(|((to, x), f)| *to = x * f);
     }))
 }
 
-fn scale(values: &mut [f32], factor: f64) {
-    values.iter_mut().for_each(|v| *v *= factor as f32);
-}
-
-/// `x W^T + b`, and with an adapter `+ s (x A^T) B^T`; also s (x A^T), which backward reads.
-pub fn forward(
-    bench: &Workbench,
-    layer: &Frozen,
-    lora: Option<&Lora>,
-    x: &Rows,
-) -> Result<(Vec<f32>, Option<Rows>)> {
-    let (out, _) = layer.dims();
-    let mut y = bench.floats(x.count() * out);
-    layer.multiply(bench, x, &mut y)?;
-    let mut kept = None;
-    if let Some(lora) = lora {
-        let (a, b) = (values(bench, &lora.a)?, values(bench, &lora.b)?);
-        let dropped = seen(bench, x, lora.dropout);
-        let mut low = bench.floats(x.count() * a.count());
-        bench.multiply(&mut low, false, plain(dropped.as_ref().unwrap_or(x)), turned(&a))?;
-        scale(&mut low, lora.scaling);
-        let low = bench.rows(low, a.count());
-        bench.multiply(&mut y, true, plain(&low), turned(&b))?;
-        kept = Some(low);
-        [Some(a), Some(b), dropped].into_iter().flatten().for_each(|rows| bench.release(rows));
-    }
-    if let Some(bias) = layer.bias() {
-        let bias = bias.to_vec1::<f32>()?;
-        by_rows(&mut y, out, |_, row| vector::add(&bias, row));
-    }
-    Ok((y, kept))
-}
-
-/// Writes the gradient in `x` to `dx`, or adds it; returns those of the adapter. `x` and `low` are those of forward.
-pub fn backward(
-    bench: &Workbench,
-    layer: &Frozen,
-    lora: Option<(&Lora, &Rows)>,
-    x: &Rows,
-    dy: &Rows,
-    (dx, add): (&mut [f32], bool),
-) -> Result<Option<LoraGradient>> {
-    layer.multiply_back(bench, dy, dx, add)?;
-    let Some((lora, low)) = lora else { return Ok(None) };
-    let (a, b) = (values(bench, &lora.a)?, values(bench, &lora.b)?);
-    let (rank, out) = (a.count(), b.count());
-    let mut dlow = bench.floats(x.count() * rank);
-    bench.multiply(&mut dlow, false, plain(dy), plain(&b))?;
-    scale(&mut dlow, lora.scaling);
-    let dlow = bench.rows(dlow, rank);
-    let dropped = seen(bench, x, lora.dropout);
-    match lora.dropout {
-        None => bench.multiply(dx, true, plain(&dlow), plain(&a))?,
-        Some(dropout) => {
-            let mut through = bench.floats(dx.len());
-            bench.multiply(&mut through, false, plain(&dlow), plain(&a))?;
-            let factors = dropout.factors(x.count(), x.width());
-            dx.iter_mut().zip(&through).zip(&factors).for_each(|((dx, t), f)| *dx += t * f);
-            bench.done(through);
+impl<'a> Linear<'a> {
+    /// Layers of one width of input.
+    pub fn new(
+        bench: &'a Workbench,
+        layers: impl IntoIterator<Item = (&'a Frozen, Option<&'a Lora>)>,
+    ) -> Result<Self> {
+        let mut linear = Linear { bench, parts: Vec::new(), inputs: 0, outputs: 0, rank: 0 };
+        for (layer, lora) in layers {
+            let (out, inp) = layer.dims();
+            let rank = lora.map_or(Ok(0), |l| l.a.dim(0))?;
+            let (outs, low) = (linear.outputs..linear.outputs + out, linear.rank..linear.rank + rank);
+            (linear.inputs, linear.outputs, linear.rank) = (inp, outs.end, low.end);
+            linear.parts.push(Part { layer, lora, outs, low });
         }
+        Ok(linear)
     }
-    let mut da = vec![0f32; rank * x.width()];
-    bench.multiply(&mut da, false, turned(&dlow), plain(dropped.as_ref().unwrap_or(x)))?;
-    // By its few rows: the transpose of `dy`, which is large, is never formed.
-    let mut db_turned = bench.floats(rank * out);
-    bench.multiply(&mut db_turned, false, turned(low), plain(dy))?;
-    let mut db = vec![0f32; out * rank];
-    transpose(&db_turned, out, &mut db);
-    bench.done(db_turned);
-    [Some(a), Some(b), Some(dlow), dropped].into_iter().flatten().for_each(|rows| bench.release(rows));
-    Ok(Some((da, db)))
+
+    /// The room that is needed behind the rows they read, and behind the gradients of what they give.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn adapters(&self) -> impl Iterator<Item = (&Part<'a>, &'a Lora)> {
+        self.parts.iter().filter_map(|part| part.lora.map(|lora| (part, lora)))
+    }
+
+    fn dropout(&self) -> bool {
+        self.adapters().any(|(_, lora)| lora.dropout.is_some())
+    }
+
+    /// What all layers give, in f32; and s (x A^T) of all adapters, which backward reads. The room behind `x` is used.
+    pub fn forward(&self, x: &mut Rows) -> Result<(Vec<f32>, Option<Rows>)> {
+        let low = self.low(x)?;
+        let mut y = self.bench.floats(x.count() * self.outputs);
+        match self.bench.accelerator() {
+            None => self.full(x, low.as_ref(), &mut y)?,
+            Some(_) => self.halves(x, &mut y)?,
+        }
+        for part in &self.parts {
+            let Some(bias) = part.layer.bias() else { continue };
+            let bias = bias.to_vec1::<f32>()?;
+            by_rows(&mut y, self.outputs, |_, row| add(&bias, &mut row[part.outs.clone()]));
+        }
+        Ok((y, low))
+    }
+
+    /// The same as products read it.
+    pub fn forward_rows(&self, x: &mut Rows) -> Result<(Rows, Option<Rows>)> {
+        let biased = self.parts.iter().any(|part| part.layer.bias().is_some());
+        if self.bench.accelerator().is_none() || biased {
+            let (y, low) = self.forward(x)?;
+            return Ok((self.bench.rows(y, self.outputs), low));
+        }
+        let low = self.low(x)?;
+        let y = self.bench.halves_by(x.count(), self.outputs, |y| self.halves(x, y))?;
+        Ok((y, low))
+    }
+
+    /// s (x A^T) of all adapters, and in the room behind `x`.
+    fn low(&self, x: &mut Rows) -> Result<Option<Rows>> {
+        if self.rank == 0 {
+            return Ok(None);
+        }
+        let (bench, stride) = (self.bench, self.rank);
+        let mut low = bench.floats(x.count() * stride);
+        if self.dropout() {
+            for (part, lora) in self.adapters() {
+                let a = values(&lora.a, |a| bench.rows_of(a, self.inputs))?;
+                let dropped = seen(bench, x, lora.dropout);
+                let to = Place { to: &mut low[part.low.start..], stride };
+                bench.multiply(to, false, &plain(dropped.as_ref().unwrap_or(x)), &plain(&a).t())?;
+                [Some(a), dropped].into_iter().flatten().for_each(|rows| bench.release(rows));
+            }
+        } else {
+            // With zeros in the room of A, what stands in that of `x` does not matter.
+            let a = self.downward(x)?;
+            bench.multiply(Place { to: &mut low, stride }, false, &Side::whole(x), &Side::whole(&a).t())?;
+            bench.release(a);
+        }
+        let low = self.scaled(low);
+        bench.put(x, &low);
+        Ok(Some(low))
+    }
+
+    /// The A of all adapters, one below the other, with the room that `x` has.
+    fn downward(&self, x: &Rows) -> Result<Rows> {
+        let mut all = self.bench.floats(self.rank * self.inputs);
+        for (part, lora) in self.adapters() {
+            let to = &mut all[part.low.start * self.inputs..part.low.end * self.inputs];
+            values(&lora.a, |a| to.copy_from_slice(a))?;
+        }
+        let inputs = self.inputs;
+        let rows = self.bench.fill(self.rank, (inputs, x.room()), |row, to| {
+            to.copy_from_slice(&all[row * inputs..][..inputs]);
+        });
+        self.bench.done(all);
+        Ok(rows)
+    }
+
+    /// Columns of all adapters times their scaling.
+    fn scaled(&self, low: Vec<f32>) -> Rows {
+        let rank = self.rank;
+        let rows = self.bench.fill(low.len() / rank, (rank, 0), |row, to| {
+            to.copy_from_slice(&low[row * rank..][..rank]);
+            for (part, lora) in self.adapters() {
+                to[part.low.clone()].iter_mut().for_each(|v| *v *= lora.scaling as f32);
+            }
+        });
+        self.bench.done(low);
+        rows
+    }
+
+    /// `y = x W^T + low B^T` in f32, layer by layer.
+    fn full(&self, x: &Rows, low: Option<&Rows>, y: &mut [f32]) -> Result<()> {
+        let (bench, stride) = (self.bench, self.outputs);
+        for part in &self.parts {
+            let to = Place { to: &mut y[part.outs.start..], stride };
+            part.layer.with_full(bench, |w| bench.multiply_f32(to, false, &plain(x), w.t()))?;
+            if let Some((lora, low)) = part.lora.zip(low) {
+                let b = values(&lora.b, |b| bench.rows_of(b, part.low.len()))?;
+                let to = Place { to: &mut y[part.outs.start..], stride };
+                bench.multiply(to, true, &plain(low).columns(part.low.clone()), &plain(&b).t())?;
+                bench.release(b);
+            }
+        }
+        Ok(())
+    }
+
+    /// The same in bf16, where `x` has what its adapters made of it in its room.
+    fn halves<T: Kept>(&self, x: &Rows, y: &mut [T]) -> Result<()> {
+        let (inputs, stride) = (self.inputs, self.inputs + self.rank);
+        let to = Place { to: y, stride: self.outputs };
+        self.bench.multiply_turned(to, &Side::whole(x), |outs, weight| {
+            weight.chunks_mut(stride).for_each(|row| row[inputs..].fill(bf16::ZERO));
+            for (part, own, there) in self.within(&outs) {
+                let rows = &mut weight[there.start * stride..there.end * stride];
+                part.layer.write(own.clone(), 0..inputs, rows, stride)?;
+                let Some(lora) = part.lora else { continue };
+                values(&lora.b, |b| {
+                    let rank = part.low.len();
+                    for (row, b) in rows.chunks_mut(stride).zip(b[own.start * rank..].chunks(rank)) {
+                        narrow(b, &mut row[inputs + part.low.start..][..rank]);
+                    }
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Layers of which `outs` has rows: which of their own, and where they stand in it.
+    fn within(&self, outs: &Range<usize>) -> impl Iterator<Item = (&Part<'a>, Range<usize>, Range<usize>)> {
+        self.parts.iter().filter_map(move |part| {
+            let (start, end) = (part.outs.start.max(outs.start), part.outs.end.min(outs.end));
+            let from = |origin: usize| start - origin..end - origin;
+            (start < end).then(|| (part, from(part.outs.start), from(outs.start)))
+        })
+    }
+
+    /// The gradient in the rows they read, and those of the adapters, from the gradient in what they gave, whose room is
+    /// used. `x` and `low` are those of forward.
+    pub fn backward(
+        &self,
+        x: &Rows,
+        low: Option<&Rows>,
+        dy: &mut Rows,
+    ) -> Result<(Vec<f32>, Vec<Option<LoraGradient>>)> {
+        let (bench, count) = (self.bench, x.count());
+        let mut dlow = None;
+        if self.rank > 0 {
+            let mut values_of = bench.floats(count * self.rank);
+            for (part, lora) in self.adapters() {
+                let b = values(&lora.b, |b| bench.rows_of(b, part.low.len()))?;
+                let to = Place { to: &mut values_of[part.low.start..], stride: self.rank };
+                bench.multiply(to, false, &plain(dy).columns(part.outs.clone()), &plain(&b))?;
+                bench.release(b);
+            }
+            dlow = Some(self.scaled(values_of));
+        }
+        let through = dlow.as_ref().filter(|_| !self.dropout());
+        if let Some(dlow) = through {
+            bench.put(dy, dlow);
+        }
+        let mut dx = bench.floats(count * self.inputs);
+        match bench.accelerator() {
+            None => self.full_back(dy, through, &mut dx)?,
+            Some(_) => self.halves_back(dy, &mut dx)?,
+        }
+        let gradients = match low.zip(dlow) {
+            None => self.parts.iter().map(|_| None).collect(),
+            Some((low, dlow)) => {
+                if self.dropout() {
+                    self.through_dropout(&dlow, x, &mut dx)?;
+                }
+                let gradients = self.gradients(x, low, &dlow, dy)?;
+                bench.release(dlow);
+                gradients
+            }
+        };
+        Ok((dx, gradients))
+    }
+
+    /// `dx = dy W + dlow A` in f32, layer by layer.
+    fn full_back(&self, dy: &Rows, dlow: Option<&Rows>, dx: &mut [f32]) -> Result<()> {
+        let (bench, stride) = (self.bench, self.inputs);
+        for (i, part) in self.parts.iter().enumerate() {
+            let dy = plain(dy).columns(part.outs.clone());
+            part.layer.with_full(bench, |w| bench.multiply_f32(Place { to: dx, stride }, i > 0, &dy, w))?;
+            if let Some((lora, dlow)) = part.lora.zip(dlow) {
+                let a = values(&lora.a, |a| bench.rows_of(a, stride))?;
+                let dlow = plain(dlow).columns(part.low.clone());
+                bench.multiply(Place { to: dx, stride }, true, &dlow, &plain(&a))?;
+                bench.release(a);
+            }
+        }
+        Ok(())
+    }
+
+    /// The same in bf16, where `dy` has the gradients of what adapters gave in its room, or zeros.
+    fn halves_back(&self, dy: &Rows, dx: &mut [f32]) -> Result<()> {
+        let (inputs, outputs) = (self.inputs, self.outputs);
+        let to = Place { to: dx, stride: inputs };
+        self.bench.multiply_plain(to, &Side::whole(dy), |lines, columns, weight| {
+            let wide = columns.len();
+            for (part, own, there) in self.within(&lines) {
+                let rows = &mut weight[there.start * wide..there.end * wide];
+                part.layer.write(own, columns.clone(), rows, wide)?;
+            }
+            // The rows of all A follow those of all layers.
+            for (part, lora) in self.adapters() {
+                let first = outputs + part.low.start;
+                let (start, end) = (first.max(lines.start), (outputs + part.low.end).min(lines.end));
+                values(&lora.a, |a| {
+                    for line in start..end {
+                        let to = &mut weight[(line - lines.start) * wide..][..wide];
+                        narrow(&a[(line - first) * inputs..][columns.clone()], to);
+                    }
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Adds what the adapters' gradients are behind their dropout.
+    fn through_dropout(&self, dlow: &Rows, x: &Rows, dx: &mut [f32]) -> Result<()> {
+        let (bench, stride) = (self.bench, self.inputs);
+        for (part, lora) in self.adapters() {
+            let a = values(&lora.a, |a| bench.rows_of(a, stride))?;
+            let mut through = bench.floats(dx.len());
+            let dlow = plain(dlow).columns(part.low.clone());
+            bench.multiply(Place { to: &mut through, stride }, false, &dlow, &plain(&a))?;
+            let factors = lora.dropout.map(|d| d.factors(x.count(), x.width()));
+            by_rows(dx, stride, |row, dx| {
+                let through = &through[row * stride..][..stride];
+                match &factors {
+                    None => add(through, dx),
+                    Some(f) => dx
+                        .iter_mut()
+                        .zip(through)
+                        .zip(&f[row * stride..])
+                        .for_each(|((dx, t), f)| *dx += t * f),
+                }
+            });
+            bench.done(through);
+            bench.release(a);
+        }
+        Ok(())
+    }
+
+    /// Those of A and B. By their few rows: the transposes of `x` and `dy`, which are large, are never formed.
+    fn gradients(&self, x: &Rows, low: &Rows, dlow: &Rows, dy: &Rows) -> Result<Vec<Option<LoraGradient>>> {
+        let (bench, inputs) = (self.bench, self.inputs);
+        let turned = [low, dlow].map(|rows| bench.transposed(rows));
+        let mut found = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let Some(lora) = part.lora else {
+                found.push(None);
+                continue;
+            };
+            let (rank, out) = (part.low.len(), part.outs.len());
+            let [low, dlow] = [0, 1].map(|i| plain(&turned[i]).lines(part.low.clone()));
+            let mut da = vec![0f32; rank * inputs];
+            let dropped = seen(bench, x, lora.dropout);
+            let seen = plain(dropped.as_ref().unwrap_or(x));
+            bench.multiply(Place { to: &mut da, stride: inputs }, false, &dlow, &seen)?;
+            let mut turned = bench.floats(rank * out);
+            let dy = plain(dy).columns(part.outs.clone());
+            bench.multiply(Place { to: &mut turned, stride: out }, false, &low, &dy)?;
+            let mut db = vec![0f32; out * rank];
+            transpose(&turned, out, &mut db);
+            bench.done(turned);
+            dropped.into_iter().for_each(|rows| bench.release(rows));
+            found.push(Some((da, db)));
+        }
+        turned.into_iter().for_each(|rows| bench.release(rows));
+        Ok(found)
+    }
 }

@@ -9,7 +9,7 @@ mod block;
 mod head;
 mod linear;
 
-pub use bench::{Rows, Workbench, by_rows};
+pub use bench::{PIECE_BYTES, Workbench, by_rows};
 pub use head::head_rows;
 pub use linear::LoraGradient;
 
