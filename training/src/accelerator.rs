@@ -433,14 +433,14 @@ impl Accelerator {
         })
     }
 
-    /// `dst = lhs rhs` of bf16 values, summed in f32, on all threads of the pool. Row i of the result begins at
-    /// `i * row_stride` of `dst`.
+    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`, of bf16 values, summed in f32, on all threads of the pool. Row i
+    /// of the result begins at `i * row_stride` of `dst`.
     ///
     /// # Panics
     /// If the shapes do not fit.
-    pub fn product<T: Sum>(
+    pub fn product(
         &self,
-        dst: &mut [T],
+        dst: &mut [f32],
         row_stride: usize,
         add: bool,
         lhs: Matrix<'_, bf16>,
