@@ -239,9 +239,8 @@ impl Adapter {
         });
         crate::store::write_json(&folder.join("adapter_config.json"), &config)?;
         // Sorted names give the same bytes for the same adapter.
-        let sorted: std::collections::BTreeMap<_, _> = tensors.into_iter().collect();
-        let bytes = safetensors::serialize(sorted.iter().map(|(k, v)| (k.as_str(), v)), None)?;
-        crate::store::write_file(&folder.join("adapter_model.safetensors"), &bytes)
+        let sorted = tensors.into_iter().collect();
+        crate::store::write_tensors(&folder.join("adapter_model.safetensors"), &sorted, None)
     }
 
     /// Reads a PEFT LoRA folder for this decoder; anything it cannot honour is refused by name.

@@ -1,22 +1,43 @@
 //! Atomic files: what exists is whole.
 
 use anyhow::{Context, Result, anyhow};
+use candle_core::Tensor;
+use safetensors::SafeTensorError;
 use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 
 /// Writes through a temporary file in the same folder, so a crash or a full disk leaves the old file.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    replace(path, |file| file.write_all(bytes))
+}
+
+/// The same of tensors in the safetensors format, one after the other: their bytes are never held together.
+pub fn write_tensors(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<()> {
+    replace(path, |file| match safetensors::serialize_to_file(tensors, metadata, file.path()) {
+        Err(SafeTensorError::IoError(error)) => Err(error),
+        written => written.map_err(std::io::Error::other),
+    })
+}
+
+fn replace(path: &Path, write: impl FnOnce(&mut NamedTempFile) -> std::io::Result<()>) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let write = || -> std::io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(bytes)?;
-        file.as_file().sync_all()?;
+    let replaced = || -> std::io::Result<()> {
+        let mut file = NamedTempFile::new_in(folder)?;
+        write(&mut file)?;
+        // By its name: whoever wrote it may have put another file there.
+        File::open(file.path())?.sync_all()?;
         file.persist(path).map_err(|e| e.error)?;
         Ok(())
     };
-    write().map_err(with_mend).with_context(|| format!("cannot write {}", path.display()))
+    replaced().map_err(with_mend).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// A full disk in words of our own: the system's name a temporary file that nobody knows.

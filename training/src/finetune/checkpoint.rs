@@ -36,8 +36,8 @@ impl<'a> Checkpoint<'a> {
         }
         let log = serde_json::to_string(&trainer.log)?;
         let metadata = HashMap::from([("key".to_owned(), self.key.to_owned()), ("log".to_owned(), log)]);
-        let bytes = safetensors::serialize(tensors.iter().map(|(k, v)| (k.as_str(), v)), Some(metadata))?;
-        store::write_file(self.path, &bytes).context("the checkpoint could not be kept")
+        let sorted = tensors.into_iter().collect();
+        store::write_tensors(self.path, &sorted, Some(metadata)).context("the checkpoint could not be kept")
     }
 
     /// Puts the state back when the file is a checkpoint of the same work; anything else is started over.

@@ -74,15 +74,14 @@ impl AdamW {
         Ok(())
     }
 
-    /// Everything a checkpoint must hold, by name.
+    /// Everything a checkpoint must hold, by name. On the CPU it shares the moments' memory: the next step changes it.
     pub fn state(&self) -> Result<BTreeMap<String, Tensor>> {
         let mut state = BTreeMap::new();
         for (i, moments) in self.moments.iter().enumerate() {
             match moments {
                 Moments::Full(m, v) => {
                     for (name, t) in [("m", m), ("v", v)] {
-                        // A copy: the next step changes the moments where they lie.
-                        state.insert(format!("{name}.{i}"), t.copy()?.detach().to_device(&Device::Cpu)?);
+                        state.insert(format!("{name}.{i}"), t.detach().to_device(&Device::Cpu)?);
                     }
                 }
                 Moments::Eight(m, v) => {
@@ -114,7 +113,7 @@ impl AdamW {
             };
             *moments = match moments {
                 Moments::Full(m, _) => {
-                    let place = |t: Tensor| t.to_device(m.device());
+                    let place = |t: Tensor| t.copy()?.to_device(m.device());
                     Moments::Full(place(get("m")?)?, place(get("v")?)?)
                 }
                 Moments::Eight(..) => Moments::Eight(eight("m", Sign::Signed)?, eight("v", Sign::Unsigned)?),
