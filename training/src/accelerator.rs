@@ -7,7 +7,7 @@ mod columns;
 
 pub use columns::Columns;
 
-use crate::model::product::Matrix;
+use crate::model::product::{Matrix, Threads};
 use anyhow::{Context, Result, bail};
 use half::bf16;
 use libloading::Library;
@@ -433,8 +433,8 @@ impl Accelerator {
         })
     }
 
-    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`, of bf16 values, summed in f32, on all threads of the pool. Row i
-    /// of the result begins at `i * row_stride` of `dst`.
+    /// `dst = lhs rhs` or, with `add`, `dst += lhs rhs`, of bf16 values, summed in f32. Row i of the result begins at
+    /// `i * row_stride` of `dst`.
     ///
     /// # Panics
     /// If the shapes do not fit.
@@ -445,6 +445,7 @@ impl Accelerator {
         add: bool,
         lhs: Matrix<'_, bf16>,
         rhs: Matrix<'_, bf16>,
+        threads: Threads,
     ) -> Result<()> {
         let ((m, k), (depth, n)) = (lhs.dims(), rhs.dims());
         if m == 0 || n == 0 {
@@ -452,7 +453,8 @@ impl Accelerator {
         }
         assert!(k == depth && k > 0, "inner dimensions {k} and {depth} of a product");
         assert!(n <= row_stride && (m - 1) * row_stride + n <= dst.len(), "the result does not fit");
-        let (threads, place) = (rayon::current_num_threads(), Place(dst.as_mut_ptr()));
+        let place = Place(dst.as_mut_ptr());
+        let threads = if threads == Threads::All { rayon::current_num_threads() } else { 1 };
         // By columns where there are enough: oneDNN reorders the right side in every call, so each thread takes its own
         // part of that side.
         let by_columns = n >= LEAST_COLUMNS * threads;

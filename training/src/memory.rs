@@ -17,13 +17,14 @@ use std::path::Path;
 pub struct Estimate {
     /// The frozen model, as it is loaded.
     pub weights: usize,
-    /// Copies of NF4 weights in f32 that the first step makes, where they are small and products are in f32.
-    pub decoded: usize,
+    /// Copies of weights that the first step makes and keeps: of small NF4 ones in f32 where products are in f32, of the
+    /// head in bf16 where they are in bf16.
+    pub copies: usize,
     /// A and B, with the gradients of a step and the best adapter so far where `patience` keeps it.
     pub adapter: usize,
     /// The moments.
     pub optimizer: usize,
-    /// What one batch leaves for backward, and the largest piece of work on it; at least the buffer of a checkpoint.
+    /// What one batch leaves for backward, and the largest piece of work on it.
     pub activations: usize,
     /// On a GPU, what its libraries take; see [`GPU_LIBRARIES`].
     pub libraries: usize,
@@ -164,9 +165,8 @@ impl Estimate {
     /// For these rows under this recipe.
     pub fn new(decoder: &Decoder, rows: &Rows, recipe: &Finetune) -> Self {
         let sizes = Sizes::of_rows(decoder, rows, recipe);
-        let decodes = decoder.device.is_cpu() && recipe.compute == Compute::F32;
-        let decoded = if decodes { decoder.bytes_to_decode() } else { 0 };
-        Estimate { decoded, ..Self::of(sizes, decoder.bytes(), &decoder.config, recipe) }
+        let copies = if decoder.device.is_cpu() { decoder.bytes_to_copy(recipe.compute) } else { 0 };
+        Estimate { copies, ..Self::of(sizes, decoder.bytes(), &decoder.config, recipe) }
     }
 
     fn of(sizes: Sizes, weights: usize, config: &Config, recipe: &Finetune) -> Self {
@@ -187,21 +187,19 @@ impl Estimate {
             None => sizes.direct(checkpointing, rank, half) + 4 * parameters,
             Some(compute) => sizes.graph(compute, checkpointing, 4 * parameters),
         };
-        // A checkpoint is serialised in memory, at a time when no activations are held.
-        let checkpoint = 4 * parameters + best + optimizer;
         Estimate {
             weights,
-            decoded: 0,
+            copies: 0,
             adapter: 4 * parameters + best + summed,
             optimizer,
-            activations: activations.max(checkpoint),
+            activations,
             libraries: sizes.gpu.map_or(0, |_| GPU_LIBRARIES),
         }
     }
 
     /// All of it.
     pub fn total(&self) -> usize {
-        self.weights + self.decoded + self.adapter + self.optimizer + self.activations + self.libraries
+        self.weights + self.copies + self.adapter + self.optimizer + self.activations + self.libraries
     }
 
     /// Refuses what does not fit into `available` bytes beside the weights, which are loaded already; `lighter` is the
@@ -228,10 +226,10 @@ impl Estimate {
 
 impl fmt::Display for Estimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Estimate { weights, decoded, adapter, optimizer, activations, libraries } = *self;
+        let Estimate { weights, copies, adapter, optimizer, activations, libraries } = *self;
         write!(f, "{}: weights {}", size(self.total()), size(weights))?;
-        if decoded > 0 {
-            write!(f, ", decoded {}", size(decoded))?;
+        if copies > 0 {
+            write!(f, ", copies of weights {}", size(copies))?;
         }
         let [adapter, optimizer, activations] = [adapter, optimizer, activations].map(size);
         write!(f, ", adapter {adapter}, optimizer {optimizer}, activations {activations}")?;
@@ -291,7 +289,7 @@ mod tests {
     fn what_does_not_fit_is_refused_with_a_way_out() {
         let e = Estimate {
             weights: 1 << 30,
-            decoded: 0,
+            copies: 0,
             adapter: 1 << 28,
             optimizer: 1 << 28,
             activations: 3 << 30,

@@ -340,9 +340,13 @@ impl Decoder {
             + self.head.bytes()
     }
 
-    /// Bytes of the f32 copies of quantised weights that the first products in f32 will make and keep.
-    pub fn bytes_to_decode(&self) -> usize {
-        self.blocks.iter().flat_map(|b| &b.linears).map(|l| 4 * l.to_decode().0).sum()
+    /// Bytes of the copies of weights that the first products will make and keep: of quantised ones in f32 for products in
+    /// f32, of the head in bf16 for products in bf16.
+    pub fn bytes_to_copy(&self, compute: Compute) -> usize {
+        match compute {
+            Compute::F32 => self.blocks.iter().flat_map(|b| &b.linears).map(|l| 4 * l.to_decode().0).sum(),
+            Compute::Bf16 => self.head.halves_to_make(),
+        }
     }
 
     /// Values of the largest weight that is decoded for every product in f32.

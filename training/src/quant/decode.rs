@@ -10,98 +10,121 @@ use std::ops::Range;
 /// Blocks per parallel task.
 const TASK: usize = 256;
 
-/// What a block decodes to.
+/// What blocks decode to.
 pub trait Decoded: Copy + Send + Sync {
     /// Zero.
     const ZERO: Self;
-    /// The 16 values of a block, as they are stored, in words of 32 bits.
-    fn table(scale: f32) -> [u32; 16];
-    /// Decodes a block.
-    fn block(packed: &[u8], table: &[u32; 16], to: &mut [Self]);
+    /// A value as it is stored.
+    fn of(value: f32) -> Self;
+    /// Decodes blocks that lie one behind the other; `scale` gives that of each.
+    fn blocks(packed: &[u8], scale: impl Fn(usize) -> f32, to: &mut [Self]);
 }
 
 impl Decoded for f32 {
     const ZERO: f32 = 0.0;
 
-    fn table(scale: f32) -> [u32; 16] {
-        CODEBOOK.map(|c| (c * scale).to_bits())
+    fn of(value: f32) -> f32 {
+        value
     }
 
-    fn block(packed: &[u8], table: &[u32; 16], to: &mut [f32]) {
+    fn blocks(packed: &[u8], scale: impl Fn(usize) -> f32, to: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") && packed.len() == BLOCK / 2 && to.len() == BLOCK {
-            // SAFETY: the processor has AVX-512F, and the slices have a block's lengths.
-            return unsafe { avx512::block_f32(packed, table, to) };
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has AVX-512F.
+            return unsafe { avx512::blocks_f32(packed, scale, to) };
         }
-        for (to, b) in to.chunks_exact_mut(2).zip(packed) {
-            to[0] = f32::from_bits(table[usize::from(b >> 4)]);
-            to[1] = f32::from_bits(table[usize::from(b & 15)]);
-        }
+        by_table(packed, scale, to);
     }
 }
 
 impl Decoded for bf16 {
     const ZERO: bf16 = bf16::ZERO;
 
-    fn table(scale: f32) -> [u32; 16] {
-        CODEBOOK.map(|c| u32::from(to_bf16(c * scale).to_bits()))
+    fn of(value: f32) -> bf16 {
+        to_bf16(value)
     }
 
-    fn block(packed: &[u8], table: &[u32; 16], to: &mut [bf16]) {
+    fn blocks(packed: &[u8], scale: impl Fn(usize) -> f32, to: &mut [bf16]) {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") && packed.len() == BLOCK / 2 && to.len() == BLOCK {
-            // SAFETY: the processor has AVX-512F, and the slices have a block's lengths.
-            return unsafe { avx512::block_bf16(packed, table, to) };
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has AVX-512F.
+            return unsafe { avx512::blocks_bf16(packed, scale, to) };
         }
+        by_table(packed, scale, to);
+    }
+}
+
+/// The same on any processor.
+fn by_table<T: Decoded>(packed: &[u8], scale: impl Fn(usize) -> f32, to: &mut [T]) {
+    for (i, (packed, to)) in packed.chunks_exact(BLOCK / 2).zip(to.chunks_exact_mut(BLOCK)).enumerate() {
+        let scale = scale(i);
+        let table = CODEBOOK.map(|c| T::of(c * scale));
         for (to, b) in to.chunks_exact_mut(2).zip(packed) {
-            to[0] = bf16::from_bits(table[usize::from(b >> 4)] as u16);
-            to[1] = bf16::from_bits(table[usize::from(b & 15)] as u16);
+            to[0] = table[usize::from(b >> 4)];
+            to[1] = table[usize::from(b & 15)];
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
+    use super::{BLOCK, CODEBOOK};
     use half::bf16;
     use std::arch::x86_64::*;
 
     /// # Safety
-    /// `packed` must have 32 bytes and `to` 64 values, on a processor with AVX-512F.
+    /// The processor has AVX-512F.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn block_bf16(packed: &[u8], table: &[u32; 16], to: &mut [bf16]) {
-        // SAFETY: loads and stores are unaligned ones, of 64 bytes of the table, two times 16 of the 32 bytes packed and
-        // two times 64 of the 128 bytes of the result.
+    pub unsafe fn blocks_bf16(packed: &[u8], scale: impl Fn(usize) -> f32, to: &mut [bf16]) {
+        let (half, one) = (_mm512_set1_epi32(0x7fff), _mm512_set1_epi32(1));
+        let blocks = packed.chunks_exact(BLOCK / 2).zip(to.chunks_exact_mut(BLOCK));
+        // SAFETY: loads and stores are unaligned ones, of the 16 values of the codebook, two times 16 of a block's 32 bytes
+        // and two times 64 of the 128 bytes of what it decodes to.
         unsafe {
-            let first = _mm512_loadu_si512(table.as_ptr().cast());
-            let second = _mm512_slli_epi32::<16>(first);
-            for half in 0..2 {
-                let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.as_ptr().add(16 * half).cast()));
-                // A permutation reads the low four bits of each index.
-                let pair = _mm512_or_si512(
-                    _mm512_permutexvar_epi32(_mm512_srli_epi32::<4>(bytes), first),
-                    _mm512_permutexvar_epi32(bytes, second),
-                );
-                _mm512_storeu_si512(to.as_mut_ptr().add(32 * half).cast(), pair);
+            let codebook = _mm512_loadu_ps(CODEBOOK.as_ptr());
+            for (i, (packed, to)) in blocks.enumerate() {
+                // The 16 values of the block, rounded as `to_bf16` rounds, in the low half of each word, then in the high one.
+                let exact = _mm512_mul_ps(codebook, _mm512_set1_ps(scale(i)));
+                let (bits, nan) =
+                    (_mm512_castps_si512(exact), _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(exact, exact));
+                let cut = _mm512_srli_epi32::<16>(bits);
+                let up = _mm512_add_epi32(half, _mm512_and_si512(cut, one));
+                let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, up));
+                let first = _mm512_mask_or_epi32(rounded, nan, cut, _mm512_set1_epi32(0x40));
+                let second = _mm512_slli_epi32::<16>(first);
+                for half in 0..2 {
+                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.as_ptr().add(16 * half).cast()));
+                    // A permutation reads the low four bits of each index.
+                    let pair = _mm512_or_si512(
+                        _mm512_permutexvar_epi32(_mm512_srli_epi32::<4>(bytes), first),
+                        _mm512_permutexvar_epi32(bytes, second),
+                    );
+                    _mm512_storeu_si512(to.as_mut_ptr().add(32 * half).cast(), pair);
+                }
             }
         }
     }
 
     /// # Safety
-    /// As [`block_bf16`].
+    /// As [`blocks_bf16`].
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn block_f32(packed: &[u8], table: &[u32; 16], to: &mut [f32]) {
-        // SAFETY: as above; the result has 256 bytes, written in four times 64.
+    pub unsafe fn blocks_f32(packed: &[u8], scale: impl Fn(usize) -> f32, to: &mut [f32]) {
+        let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        let blocks = packed.chunks_exact(BLOCK / 2).zip(to.chunks_exact_mut(BLOCK));
+        // SAFETY: as above; a block decodes to 256 bytes, written in four times 64.
         unsafe {
-            let values = _mm512_loadu_si512(table.as_ptr().cast());
-            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            let high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-            for half in 0..2 {
-                let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.as_ptr().add(16 * half).cast()));
-                let first = _mm512_permutexvar_epi32(_mm512_srli_epi32::<4>(bytes), values);
-                let second = _mm512_permutexvar_epi32(bytes, values);
-                let to = to.as_mut_ptr().add(32 * half);
-                _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi32(first, low, second));
-                _mm512_storeu_si512(to.add(16).cast(), _mm512_permutex2var_epi32(first, high, second));
+            let codebook = _mm512_loadu_ps(CODEBOOK.as_ptr());
+            for (i, (packed, to)) in blocks.enumerate() {
+                let values = _mm512_castps_si512(_mm512_mul_ps(codebook, _mm512_set1_ps(scale(i))));
+                for half in 0..2 {
+                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.as_ptr().add(16 * half).cast()));
+                    let first = _mm512_permutexvar_epi32(_mm512_srli_epi32::<4>(bytes), values);
+                    let second = _mm512_permutexvar_epi32(bytes, values);
+                    let to = to.as_mut_ptr().add(32 * half);
+                    _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi32(first, low, second));
+                    _mm512_storeu_si512(to.add(16).cast(), _mm512_permutex2var_epi32(first, high, second));
+                }
             }
         }
     }
@@ -110,16 +133,16 @@ mod avx512 {
 impl Nf4 {
     /// Decodes the whole matrix, row-major.
     pub fn decode<T: Decoded>(&self, to: &mut [T]) {
-        to.par_chunks_mut(TASK * BLOCK).enumerate().for_each(|(task, to)| {
-            for (i, to) in to.chunks_mut(BLOCK).enumerate() {
-                self.decode_block(task * TASK + i, to);
-            }
-        });
+        to.par_chunks_mut(TASK * BLOCK)
+            .enumerate()
+            .for_each(|(task, to)| self.decode_blocks(task * TASK, to));
     }
 
-    fn decode_block<T: Decoded>(&self, block: usize, to: &mut [T]) {
-        let packed = &self.packed[block * (BLOCK / 2)..][..BLOCK / 2];
-        T::block(packed, &T::table(self.scale(Sign::Signed.map(), block)), to);
+    /// Decodes as many whole blocks as `to` holds.
+    fn decode_blocks<T: Decoded>(&self, first: usize, to: &mut [T]) {
+        let packed = &self.packed[first * (BLOCK / 2)..][..to.len() / 2];
+        let map = Sign::Signed.map();
+        T::blocks(packed, |block| self.scale(map, first + block), to);
     }
 
     /// Decodes the given rows and columns into rows of `stride` values, on this thread; what stands behind them there
@@ -136,15 +159,16 @@ impl Nf4 {
             let (mut at, end) = (row * self.cols + columns.start, row * self.cols + columns.end);
             let mut to = &mut to[..columns.len()];
             while at < end {
-                // A block, or the part of one that lies in this row and these columns.
+                // Whole blocks, or the part of one that lies in this row and these columns.
                 let first = at % BLOCK;
-                let (here, rest) = to.split_at_mut((BLOCK - first).min(end - at));
-                match here.len() {
-                    BLOCK => self.decode_block(at / BLOCK, here),
-                    len => {
-                        self.decode_block(at / BLOCK, &mut whole);
-                        here.copy_from_slice(&whole[first..first + len]);
-                    }
+                let blocks = if first == 0 { (end - at) / BLOCK * BLOCK } else { 0 };
+                let part = (BLOCK - first).min(end - at);
+                let (here, rest) = to.split_at_mut(if blocks > 0 { blocks } else { part });
+                if blocks > 0 {
+                    self.decode_blocks(at / BLOCK, here);
+                } else {
+                    self.decode_blocks(at / BLOCK, &mut whole);
+                    here.copy_from_slice(&whole[first..first + part]);
                 }
                 at += here.len();
                 to = rest;
@@ -160,21 +184,29 @@ mod tests {
     #[test]
     fn blocks_of_every_byte_decode_alike_with_and_without_vectors() {
         let packed: Vec<u8> = (0..=255).collect();
-        for scale in [1.0f32, 0.031_25, 3.3e-5, 7.7e4] {
-            for packed in packed.chunks(BLOCK / 2) {
-                let pairs = packed.iter().flat_map(|b| [b >> 4, b & 15]);
-                let expected: Vec<f32> = pairs.map(|c| CODEBOOK[c as usize] * scale).collect();
-                let mut full = [0f32; BLOCK];
-                f32::block(packed, &f32::table(scale), &mut full);
-                assert_eq!(full.as_slice(), expected);
-                let mut short = [bf16::ZERO; BLOCK];
-                bf16::block(packed, &bf16::table(scale), &mut short);
-                assert_eq!(short.to_vec(), expected.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>());
-                // Half a block takes the plain loop.
-                let mut plain = [0f32; BLOCK / 2];
-                f32::block(&packed[..BLOCK / 4], &f32::table(scale), &mut plain);
-                assert_eq!(plain, full[..BLOCK / 2]);
-            }
+        let scales = [1.0f32, 0.031_25, 3.3e-5, 7.7e4, -2.5, f32::NAN, f32::INFINITY, 1e-40];
+        let count = 2 * packed.len();
+        for shift in 0..scales.len() {
+            let scale = |block: usize| scales[(block + shift) % scales.len()];
+            let bytes = packed.iter().enumerate();
+            let expected: Vec<f32> = bytes
+                .flat_map(|(i, b)| [b >> 4, b & 15].map(|c| CODEBOOK[c as usize] * scale(i / (BLOCK / 2))))
+                .collect();
+            // Of a NaN only that it is one is the same everywhere.
+            let bits = |v: f32| if v.is_nan() { u32::MAX } else { v.to_bits() };
+            let exact = |found: &[f32]| found.iter().zip(&expected).all(|(a, b)| bits(*a) == bits(*b));
+            let rounded = |found: &[bf16]| {
+                let expected = expected.iter().map(|v| bf16::from_f32(*v).to_f32());
+                found.iter().zip(expected).all(|(a, b)| bits(a.to_f32()) == bits(b))
+            };
+            let (mut full, mut short) = (vec![0f32; count], vec![bf16::ZERO; count]);
+            f32::blocks(&packed, scale, &mut full);
+            bf16::blocks(&packed, scale, &mut short);
+            assert!(exact(&full) && rounded(&short));
+            (full, short) = (vec![0f32; count], vec![bf16::ZERO; count]);
+            by_table(&packed, scale, &mut full);
+            by_table(&packed, scale, &mut short);
+            assert!(exact(&full) && rounded(&short));
         }
     }
 

@@ -4,10 +4,16 @@ use super::{Nf4, Placed, matvec};
 use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
+use crate::model::vector::narrow;
 use crate::recipe::Compute;
 use anyhow::Result;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Device, Layout, Shape, Tensor};
+use half::bf16;
+use rayon::prelude::*;
 use std::sync::{Arc, OnceLock};
+
+/// Values that a thread rounds at a time.
+const GRAIN: usize = 16 * 1024;
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -24,6 +30,8 @@ pub enum Storage {
 pub struct Frozen {
     weight: Arc<Weight>,
     bias: Option<Tensor>,
+    /// The weight in bf16, once [`Frozen::keep_halves`] was asked for it.
+    halves: Arc<OnceLock<Vec<bf16>>>,
 }
 
 /// All are row-major, `[out, in]`: a tied head then shares the embedding's memory, and [`matvec`] reads rows as they lie.
@@ -54,7 +62,7 @@ impl Frozen {
                 Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new) }
             }
         };
-        Ok(Frozen { weight: Arc::new(weight), bias })
+        Ok(Frozen { weight: Arc::new(weight), bias, halves: Arc::default() })
     }
 
     /// The same on a GPU, for products in f32 or bf16. The weight may be anywhere, and is best on the host.
@@ -74,7 +82,7 @@ impl Frozen {
             }
         };
         let bias = bias.map(|b| b.to_device(device)).transpose()?;
-        Ok(Frozen { weight: Arc::new(weight), bias })
+        Ok(Frozen { weight: Arc::new(weight), bias, halves: Arc::default() })
     }
 
     /// Output and input features.
@@ -103,6 +111,37 @@ impl Frozen {
         }
     }
 
+    /// Keeps a copy in bf16 of a weight that is stored in f32: rounding it for every product takes as long as reading it.
+    pub fn keep_halves(&self) -> candle_core::Result<()> {
+        let Weight::Full(weight) = &*self.weight else { return Ok(()) };
+        if self.halves.get().is_none() {
+            let weight = Elements::of(weight);
+            let Some(values) = weight.matrix(&[])?.row_major() else {
+                candle_core::bail!("a frozen weight is row-major")
+            };
+            let mut halves = vec![bf16::ZERO; values.len()];
+            halves
+                .par_chunks_mut(GRAIN)
+                .zip(values.par_chunks(GRAIN))
+                .for_each(|(to, from)| narrow(from, to));
+            self.halves.get_or_init(|| halves);
+        }
+        Ok(())
+    }
+
+    /// Bytes that it would take beyond what is held.
+    pub fn halves_to_make(&self) -> usize {
+        match &*self.weight {
+            Weight::Full(w) if self.halves.get().is_none() => 2 * w.elem_count(),
+            _ => 0,
+        }
+    }
+
+    /// The copy, where it is kept.
+    pub(super) fn halves(&self) -> Option<&[bf16]> {
+        self.halves.get().map(Vec::as_slice)
+    }
+
     /// The weight as it is stored.
     pub(super) fn stored(&self) -> &Weight {
         &self.weight
@@ -113,15 +152,17 @@ impl Frozen {
         self.bias.as_ref()
     }
 
-    /// Bytes of the weight as it is held, a decoded copy included once there is one.
+    /// Bytes of the weight as it is held, copies included once there are any.
     pub fn bytes(&self) -> usize {
-        match &*self.weight {
-            Weight::Full(w) => w.dtype().size_in_bytes() * w.elem_count(),
-            Weight::Quantized { nf4, decoded } => {
-                nf4.bytes() + decoded.as_ref().and_then(OnceLock::get).map_or(0, |w| 4 * w.elem_count())
+        let halves = self.halves.get().map_or(0, |halves| 2 * halves.len());
+        halves
+            + match &*self.weight {
+                Weight::Full(w) => w.dtype().size_in_bytes() * w.elem_count(),
+                Weight::Quantized { nf4, decoded } => {
+                    nf4.bytes() + decoded.as_ref().and_then(OnceLock::get).map_or(0, |w| 4 * w.elem_count())
+                }
+                Weight::Placed(nf4) => nf4.bytes(),
             }
-            Weight::Placed(nf4) => nf4.bytes(),
-        }
     }
 
     /// Values that are decoded to f32 once, at the first use yet to come, and those that are for every use.

@@ -25,6 +25,13 @@ impl Frozen {
 
     /// Writes `outs` and `ins` of the weight in bf16 into rows of `stride` values; what stands behind them there stays.
     pub fn write(&self, outs: Range<usize>, ins: Range<usize>, to: &mut [bf16], stride: usize) -> Result<()> {
+        if let Some(halves) = self.halves() {
+            let width = self.dims().1;
+            for (to, out) in to.chunks_mut(stride).zip(outs) {
+                to[..ins.len()].copy_from_slice(&halves[out * width..][ins.clone()]);
+            }
+            return Ok(());
+        }
         match self.stored() {
             Weight::Quantized { nf4, .. } => nf4.decode_piece(outs, ins, to, stride),
             Weight::Full(weight) => {

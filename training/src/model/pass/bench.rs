@@ -1,6 +1,6 @@
 //! Rows of activations in the precision of the products, and the buffers they live in.
 
-use crate::accelerator::{Accelerator, Sum};
+use crate::accelerator::Accelerator;
 use crate::model::product::{self, Matrix, Threads};
 use crate::model::vector::{narrow, widen};
 use crate::recipe::Compute;
@@ -25,6 +25,11 @@ enum Values {
 }
 
 impl Rows {
+    /// Rows in bf16 without room.
+    pub(super) fn of_halves(values: Vec<bf16>, width: usize) -> Rows {
+        Rows { values: Values::Bf16(values), width, room: 0 }
+    }
+
     /// Values per row, without the room.
     pub fn width(&self) -> usize {
         self.width
@@ -281,14 +286,21 @@ impl Workbench {
     }
 
     /// `to = lhs rhs` or, with `add`, `to += lhs rhs`.
-    pub fn multiply(&self, to: Place<'_>, add: bool, lhs: &Side<'_>, rhs: &Side<'_>) -> Result<()> {
+    pub fn multiply(
+        &self,
+        to: Place<'_>,
+        add: bool,
+        lhs: &Side<'_>,
+        rhs: &Side<'_>,
+        threads: Threads,
+    ) -> Result<()> {
         match (&lhs.rows.values, &rhs.rows.values, &self.accelerator) {
             (Values::F32(a), Values::F32(b), _) => {
-                product::product_into(to.to, to.stride, add, lhs.matrix(a), rhs.matrix(b), Threads::All);
+                product::product_into(to.to, to.stride, add, lhs.matrix(a), rhs.matrix(b), threads);
                 Ok(())
             }
             (Values::Bf16(a), Values::Bf16(b), Some(accelerator)) => {
-                accelerator.product(to.to, to.stride, add, lhs.matrix(a), rhs.matrix(b))
+                accelerator.product(to.to, to.stride, add, lhs.matrix(a), rhs.matrix(b), threads)
             }
             _ => anyhow::bail!("a product of f32 and bf16 rows"),
         }
@@ -301,71 +313,8 @@ impl Workbench {
         Ok(())
     }
 
-    /// `to = lhs rhs^T` in bf16: `write(lines, values)` gives lines of `rhs` when they are needed, to the thread that
-    /// multiplies them.
-    pub fn multiply_turned<T: Kept>(
-        &self,
-        to: Place<'_, T>,
-        lhs: &Side<'_>,
-        write: impl Fn(Range<usize>, &mut [bf16]) -> Result<()> + Sync,
-    ) -> Result<()> {
-        let (accelerator, lhs) = self.in_bf16(lhs)?;
-        let (rows, depth) = lhs.dims();
-        let pieces = split(to.stride, PIECE / depth, rayon::current_num_threads());
-        accelerator.by_columns(to.to, (rows, to.stride), &pieces, |piece, mut columns| {
-            let mut values = self.halves(piece.len() * depth);
-            write(piece.clone(), &mut values)?;
-            let rhs = Matrix::new(&values, (piece.len(), depth), (depth, 1)).t();
-            if accelerator.wants_dense() && piece.len() < to.stride {
-                let mut dense = T::take(self, rows * piece.len());
-                columns.add_in(&mut dense, true, lhs, rhs)?;
-                T::give(self, dense);
-            } else {
-                columns.add(lhs, rhs)?;
-            }
-            self.done_halves(values);
-            Ok(())
-        })
-    }
-
-    /// `to = lhs rhs` in bf16: `write(lines, columns, values)` gives a part of `rhs` when it is needed, to the thread that
-    /// multiplies it.
-    pub fn multiply_plain(
-        &self,
-        to: Place<'_>,
-        lhs: &Side<'_>,
-        write: impl Fn(Range<usize>, Range<usize>, &mut [bf16]) -> Result<()> + Sync,
-    ) -> Result<()> {
-        let (accelerator, lhs) = self.in_bf16(lhs)?;
-        let (rows, depth) = lhs.dims();
-        let pieces = split(to.stride, WIDE, rayon::current_num_threads());
-        accelerator.by_columns(to.to, (rows, to.stride), &pieces, |piece, mut columns| {
-            let through = accelerator.wants_dense() && piece.len() < to.stride;
-            let mut dense = self.floats(if through { rows * piece.len() } else { 0 });
-            for lines in split(depth, PIECE / piece.len(), 1) {
-                let (count, wide) = (lines.len(), piece.len());
-                let mut values = self.halves(count * wide);
-                write(lines.clone(), piece.clone(), &mut values)?;
-                let rhs = Matrix::new(&values, (count, wide), (wide, 1));
-                let part = lhs.columns(lines.start, count);
-                // Some columns of the left side have gaps between them.
-                let mut copy =
-                    self.halves(if accelerator.wants_dense() && count < depth { rows * count } else { 0 });
-                copy.chunks_mut(count).enumerate().for_each(|(i, to)| to.copy_from_slice(part.line(i)));
-                let part = if copy.is_empty() { part } else { Matrix::new(&copy, (rows, count), (count, 1)) };
-                match through {
-                    true => columns.add_in(&mut dense, lines.end == depth, part, rhs)?,
-                    false => columns.add(part, rhs)?,
-                }
-                self.done_halves(copy);
-                self.done_halves(values);
-            }
-            self.done(dense);
-            Ok(())
-        })
-    }
-
-    fn in_bf16<'a>(&self, side: &Side<'a>) -> Result<(&Arc<Accelerator>, Matrix<'a, bf16>)> {
+    /// The accelerator, and a side as it reads it.
+    pub(super) fn in_bf16<'a>(&self, side: &Side<'a>) -> Result<(&Arc<Accelerator>, Matrix<'a, bf16>)> {
         match (&side.rows.values, &self.accelerator) {
             (Values::Bf16(values), Some(accelerator)) => Ok((accelerator, side.matrix(values))),
             _ => anyhow::bail!("bf16 rows and an accelerator are needed"),
@@ -373,55 +322,11 @@ impl Workbench {
     }
 }
 
-/// Values that a workbench keeps buffers of.
-pub trait Kept: Sum {
-    /// A buffer with values left over.
-    fn take(bench: &Workbench, len: usize) -> Vec<Self>;
-    /// Gives it back.
-    fn give(bench: &Workbench, buffer: Vec<Self>);
-}
-
-impl Kept for f32 {
-    fn take(bench: &Workbench, len: usize) -> Vec<f32> {
-        bench.floats(len)
-    }
-
-    fn give(bench: &Workbench, buffer: Vec<f32>) {
-        bench.done(buffer);
-    }
-}
-
-impl Kept for bf16 {
-    fn take(bench: &Workbench, len: usize) -> Vec<bf16> {
-        bench.halves(len)
-    }
-
-    fn give(bench: &Workbench, buffer: Vec<bf16>) {
-        bench.done_halves(buffer);
-    }
-}
-
-/// Values of a weight that a thread turns to bf16 at a time: 768 KiB stay in its cache until they are multiplied, and a
-/// copy of the whole model is never held.
-const PIECE: usize = 384 << 10;
-/// Bytes of such a piece.
-pub const PIECE_BYTES: usize = PIECE * size_of::<bf16>();
-/// Most columns of a result that a thread adds up at a time.
-const WIDE: usize = 512;
-
-/// Equal parts of `0..whole` of at most about `most`, as many as are a multiple of `threads`.
-fn split(whole: usize, most: usize, threads: usize) -> Vec<Range<usize>> {
-    /// Parts begin at multiples of this.
-    const ROUND: usize = 32;
-    let count = whole.div_ceil(most.max(ROUND)).next_multiple_of(threads);
-    let step = whole.div_ceil(count).next_multiple_of(ROUND);
-    (0..whole).step_by(step).map(|start| start..(start + step).min(whole)).collect()
-}
-
 /// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
 const GRAIN: usize = 16 * 1024;
 
-fn rows_per_task(width: usize) -> usize {
+/// Rows of this width that one task takes.
+pub(super) fn rows_per_task(width: usize) -> usize {
     (GRAIN / width.max(1)).max(1)
 }
 
@@ -446,102 +351,4 @@ pub fn transpose<T: Copy + Send + Sync>(from: &[T], width: usize, to: &mut [T]) 
             }
         }
     });
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::vector::to_bf16;
-    use crate::random::uniform;
-    use std::io::Write;
-
-    /// Deeper and wider than one piece, on one thread and on several, against sums in f64 of the same bf16 values. Sums
-    /// in f32 of n terms are off by at most n roundings of 2^-24 of the terms' sizes, and a result in bf16, which has 8
-    /// bits, by one of 2^-8.
-    #[test]
-    fn products_by_pieces_are_products() {
-        let bench = match Workbench::new(Compute::Bf16) {
-            Ok(bench) => bench,
-            Err(error) => {
-                writeln!(std::io::stderr(), "\nskipped: products by pieces in bf16: {error:#}").unwrap();
-                return;
-            }
-        };
-        let number = |seed: u64, i: usize| (uniform(&[seed, i as u64]) * 2.0 - 1.0) as f32;
-        for (rows, depth, wide) in [(70, 3000, 300), (33, 1700, 576), (9, 40, 24)] {
-            let x = bench.fill(rows, (depth, 0), |row, x| {
-                x.iter_mut().enumerate().for_each(|(i, x)| *x = number(1, row * depth + i));
-            });
-            let weight = |line: usize, column: usize| to_bf16(number(2, line * wide + column));
-            let mut scratch = Vec::new();
-            let x_values: Vec<f32> = (0..rows).flat_map(|row| x.read(row, &mut scratch).to_vec()).collect();
-            let w_values: Vec<f32> = (0..depth * wide).map(|i| weight(i / wide, i % wide).to_f32()).collect();
-            let sum = |row: usize, column: usize, f: fn(f64) -> f64| -> f64 {
-                let line = x_values[row * depth..][..depth].iter();
-                line.zip(w_values[column..].iter().step_by(wide))
-                    .map(|(x, w)| f(f64::from(*x) * f64::from(*w)))
-                    .sum()
-            };
-            for threads in [1, 2, 3] {
-                let (mut plainly, mut turned) = (vec![7f32; rows * wide], vec![7f32; rows * wide]);
-                let mut rounded = vec![bf16::ONE; rows * wide];
-                let by_lines = |lines: Range<usize>, columns: Range<usize>, to: &mut [bf16]| {
-                    for (to, line) in to.chunks_mut(columns.len()).zip(lines) {
-                        to.iter_mut()
-                            .zip(columns.clone())
-                            .for_each(|(to, column)| *to = weight(line, column));
-                    }
-                    Ok(())
-                };
-                let by_columns = |columns: Range<usize>, to: &mut [bf16]| {
-                    for (to, column) in to.chunks_mut(depth).zip(columns) {
-                        to.iter_mut().enumerate().for_each(|(line, to)| *to = weight(line, column));
-                    }
-                    Ok(())
-                };
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| {
-                    bench
-                        .multiply_plain(Place { to: &mut plainly, stride: wide }, &plain(&x), by_lines)
-                        .unwrap();
-                    bench
-                        .multiply_turned(Place { to: &mut turned, stride: wide }, &plain(&x), by_columns)
-                        .unwrap();
-                    bench
-                        .multiply_turned(Place { to: &mut rounded, stride: wide }, &plain(&x), by_columns)
-                        .unwrap();
-                });
-                for i in 0..rows * wide {
-                    let (exact, size) = (sum(i / wide, i % wide, |v| v), sum(i / wide, i % wide, f64::abs));
-                    let allowed = depth as f64 * 2f64.powi(-24) * size;
-                    for found in [plainly[i], turned[i]] {
-                        assert!(
-                            (f64::from(found) - exact).abs() <= allowed,
-                            "{threads} threads: {found} for {exact}"
-                        );
-                    }
-                    let short = rounded[i].to_f64();
-                    assert!(
-                        (short - exact).abs() <= allowed + 2f64.powi(-8) * (exact.abs() + allowed),
-                        "{short} for {exact}"
-                    );
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn parts_are_all_of_it_and_as_many_as_threads_need() {
-        for (whole, most, threads) in
-            [(3072, 600, 2), (576, 512, 2), (1536, 512, 3), (40, 512, 2), (1, 1, 4), (151_936, 256, 16)]
-        {
-            let parts = split(whole, most, threads);
-            assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..whole).collect::<Vec<_>>());
-            assert!(parts.iter().all(|part| part.len() <= most.next_multiple_of(32) && part.start % 32 == 0));
-            assert!(
-                parts.len() >= threads.min(whole.div_ceil(32)) || whole.div_ceil(parts.len()) <= 64,
-                "{parts:?}"
-            );
-        }
-    }
 }

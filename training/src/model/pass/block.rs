@@ -2,6 +2,7 @@
 
 use super::bench::{Rows, Workbench, by_rows};
 use super::linear::{Linear, LoraGradient};
+use super::pieces::{Pieces, pieces_of_rows};
 use crate::lora::Lora;
 use crate::model::attention::{Heads, Scores, Sizes, Visibility};
 use crate::model::decoder::{Block, Pass};
@@ -53,6 +54,11 @@ pub struct Work<'a> {
     pub loras: Option<&'a [Option<Lora>; 7]>,
 }
 
+/// A row after its norm.
+fn normed(norm: &Norm, x: &[f32], row: usize, y: &mut [f32]) {
+    kernels::norm(&x[row * y.len()..][..y.len()], norm.values(), norm.eps(), y);
+}
+
 /// Gradients of a block's adapters, by [`Module`].
 pub type Gradients = [Option<LoraGradient>; 7];
 
@@ -73,9 +79,13 @@ impl Work<'_> {
 
     fn normed(&self, norm: &Norm, x: &[f32], room: usize) -> Rows {
         let width = norm.values().len();
-        self.bench.fill(x.len() / width, (width, room), |row, y| {
-            kernels::norm(&x[row * width..][..width], norm.values(), norm.eps(), y);
-        })
+        self.bench.fill(x.len() / width, (width, room), |row, y| normed(norm, x, row, y))
+    }
+
+    /// The same for backward.
+    fn normed_pieces(&self, norm: &Norm, x: &[f32]) -> Pieces {
+        let width = norm.values().len();
+        self.bench.fill_pieces(x.len() / width, pieces_of_rows(width), |row, y| normed(norm, x, row, y))
     }
 
     /// `gradient` of a norm's output becomes that of its input `x`, plus `more`.
@@ -147,11 +157,19 @@ impl Work<'_> {
 
     fn inner(&self, gate_up: &Rows, room: usize) -> Rows {
         let width = self.config.intermediate_size;
-        self.bench.fill(gate_up.count(), (width, room), |row, y| {
-            let mut scratch = Vec::new();
-            let (gate, up) = gate_up.read(row, &mut scratch).split_at(width);
-            kernels::gated(self.config.activation, gate, up, y);
-        })
+        self.bench.fill(gate_up.count(), (width, room), |row, y| self.gated(gate_up, row, y))
+    }
+
+    /// The same for backward.
+    fn inner_pieces(&self, gate_up: &Rows) -> Pieces {
+        let columns = pieces_of_rows(self.config.intermediate_size);
+        self.bench.fill_pieces(gate_up.count(), columns, |row, y| self.gated(gate_up, row, y))
+    }
+
+    fn gated(&self, gate_up: &Rows, row: usize, y: &mut [f32]) {
+        let mut scratch = Vec::new();
+        let (gate, up) = gate_up.read(row, &mut scratch).split_at(y.len());
+        kernels::gated(self.config.activation, gate, up, y);
     }
 
     /// What attention (0) or feed-forward (1) adds to the residual stream `x`, added; and itself, where it is needed.
@@ -171,13 +189,19 @@ impl Work<'_> {
     }
 
     /// The gradient of what [`Work::leave`] was given, from that of what it returned.
-    fn leave_back(&self, half: usize, left: Option<&Rows>, dy: &[f32], room: usize) -> Result<Rows> {
+    fn leave_back(
+        &self,
+        half: usize,
+        left: Option<&Rows>,
+        dy: &[f32],
+        linear: &Linear<'_>,
+    ) -> Result<Pieces> {
         let width = self.config.hidden_size;
         let norm = match &self.block.post_norms {
             None => None,
             Some(norms) => Some((&norms[half], left.context("what a norm took in was not kept")?)),
         };
-        Ok(self.bench.fill(self.rows(), (width, room), |row, dx| {
+        Ok(self.bench.fill_pieces(self.rows(), linear.pieces(), |row, dx| {
             dx.copy_from_slice(&dy[row * width..][..width]);
             if let Some((norm, left)) = norm {
                 let mut scratch = Vec::new();
@@ -225,9 +249,9 @@ impl Work<'_> {
     pub fn backward(&self, kept: Kept, dy: Vec<f32>) -> Result<(Vec<f32>, Gradients)> {
         let bench = self.bench;
         let mut gradients: Gradients = [const { None }; 7];
-        let mut back = |group: usize, linear: &Linear<'_>, x: Rows, mut dy: Rows| -> Result<Vec<f32>> {
-            let (dx, found) = linear.backward(&x, kept.low[group].as_ref(), &mut dy)?;
-            [x, dy].into_iter().for_each(|rows| bench.release(rows));
+        let mut back = |group: usize, linear: &Linear<'_>, x: Pieces, dy: Pieces| -> Result<Vec<f32>> {
+            let (dx, found) = linear.backward(kept.low[group].as_ref().map(|low| (&x, low)), &dy)?;
+            [x, dy].into_iter().for_each(|pieces| bench.release_pieces(pieces));
             for (&module, found) in GROUPS[group].iter().zip(found) {
                 gradients[module as usize] = found;
             }
@@ -235,37 +259,35 @@ impl Work<'_> {
         };
 
         let linear = self.linear(DOWN)?;
-        let out = self.leave_back(1, kept.left[1].as_ref(), &dy, linear.rank())?;
-        let dinner = back(DOWN, &linear, self.inner(&kept.gate_up, 0), out)?;
+        let out = self.leave_back(1, kept.left[1].as_ref(), &dy, &linear)?;
+        let dinner = back(DOWN, &linear, self.inner_pieces(&kept.gate_up), out)?;
         let linear = self.linear(GATE_UP)?;
-        let dgate_up = self.gated_back(&kept.gate_up, dinner, linear.rank());
-        let h = self.normed(&self.block.mlp_norm, &kept.middle, 0);
+        let dgate_up = self.gated_back(&kept.gate_up, dinner, &linear);
+        let h = self.normed_pieces(&self.block.mlp_norm, &kept.middle);
         let mut dmiddle = back(GATE_UP, &linear, h, dgate_up)?;
         self.norm_back(&self.block.mlp_norm, &kept.middle, Some(&dy), &mut dmiddle);
         bench.done(dy);
 
         let linear = self.linear(O)?;
-        let out = self.leave_back(0, kept.left[0].as_ref(), &dmiddle, linear.rank())?;
-        let dmixed = back(O, &linear, kept.mixed, out)?;
+        let out = self.leave_back(0, kept.left[0].as_ref(), &dmiddle, &linear)?;
+        let mixed = bench.fill_pieces(self.rows(), pieces_of_rows(self.widths().0), |row, to| {
+            to.copy_from_slice(kept.mixed.read(row, &mut Vec::new()));
+        });
+        let dmixed = back(O, &linear, mixed, out)?;
         let linear = self.linear(QKV)?;
-        let dqkv = self.attention_back(&kept.qkv, dmixed, linear.rank())?;
-        let h = self.normed(&self.block.attention_norm, &kept.x, 0);
+        let dqkv = self.attention_back(&kept.qkv, dmixed, &linear)?;
+        let h = self.normed_pieces(&self.block.attention_norm, &kept.x);
         let mut dx = back(QKV, &linear, h, dqkv)?;
         self.norm_back(&self.block.attention_norm, &kept.x, Some(&dmiddle), &mut dx);
         bench.done(dmiddle);
-        let Kept { x, middle, qkv, gate_up, left, low, .. } = kept;
-        [x, middle].into_iter().for_each(|buffer| bench.done(buffer));
-        [qkv, gate_up]
-            .into_iter()
-            .chain(left.into_iter().chain(low).flatten())
-            .for_each(|rows| bench.release(rows));
+        kept.release(bench);
         Ok((dx, gradients))
     }
 
     /// The gradients of gate and up.
-    fn gated_back(&self, gate_up: &Rows, dinner: Vec<f32>, room: usize) -> Rows {
+    fn gated_back(&self, gate_up: &Rows, dinner: Vec<f32>, linear: &Linear<'_>) -> Pieces {
         let width = self.config.intermediate_size;
-        let both = self.bench.fill(self.rows(), (2 * width, room), |row, to| {
+        let both = self.bench.fill_pieces(self.rows(), linear.pieces(), |row, to| {
             let mut scratch = Vec::new();
             let (gate, up) = gate_up.read(row, &mut scratch).split_at(width);
             let (dgate, dup) = to.split_at_mut(width);
@@ -277,12 +299,12 @@ impl Work<'_> {
     }
 
     /// The gradients of what the layers of queries, keys and values gave.
-    fn attention_back(&self, qkv: &Rows, dmixed: Vec<f32>, room: usize) -> Result<Rows> {
+    fn attention_back(&self, qkv: &Rows, dmixed: Vec<f32>, linear: &Linear<'_>) -> Result<Pieces> {
         let (bench, heads, (queries, keys)) = (self.bench, self.heads(), self.widths());
         let turned = self.turned(qkv);
         let by_head = heads.backward(bench, &turned, &dmixed)?;
         [turned, dmixed].into_iter().for_each(|buffer| bench.done(buffer));
-        let dqkv = bench.fill(self.rows(), (qkv.width(), room), |row, to| {
+        let dqkv = bench.fill_pieces(self.rows(), linear.pieces(), |row, to| {
             let mut scratch = Vec::new();
             let x = qkv.read(row, &mut scratch);
             let columns = [0..queries, queries..queries + keys, queries + keys..queries + 2 * keys];

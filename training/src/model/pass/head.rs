@@ -37,24 +37,30 @@ pub fn loss(
     let norm = &decoder.final_norm;
     let mut sum = 0f64;
     let rows = head_rows(vocab);
+    if bench.accelerator().is_some() {
+        decoder.head.keep_halves()?;
+    }
     let head = Linear::new(bench, [(&decoder.head, None)])?;
     for (x, targets) in x.chunks_mut(rows * hidden).zip(targets.chunks(rows)) {
         let mut h = bench.fill(targets.len(), (hidden, 0), |row, y| {
             kernels::norm(&x[row * hidden..][..hidden], norm.values(), norm.eps(), y);
         });
         let (mut logits, _) = head.forward(&mut h)?;
+        let cap = decoder.config.logit_cap;
         let rows = logits.par_chunks_mut(vocab).zip(targets);
-        let losses: Vec<f64> =
-            rows.map(|(row, &t)| cross_entropy(row, t as usize, decoder.config.logit_cap, scale)).collect();
+        let (log_sums, losses): (Vec<f64>, Vec<f64>) =
+            rows.map(|(row, &t)| cross_entropy(row, t as usize, cap)).unzip();
         sum += losses.iter().sum::<f64>();
-        if scale.is_none() {
-            bench.release(h);
+        bench.release(h);
+        let Some(scale) = scale else {
             bench.done(logits);
             continue;
-        }
-        let mut dlogits = bench.rows(logits, vocab);
-        let (mut dh, _) = head.backward(&h, None, &mut dlogits)?;
-        [h, dlogits].into_iter().for_each(|rows| bench.release(rows));
+        };
+        let dlogits = bench.pieces(logits, head.pieces(), |row, logits| {
+            cross_entropy_gradient(logits, log_sums[row], targets[row] as usize, cap, scale);
+        });
+        let (mut dh, _) = head.backward(None, &dlogits)?;
+        bench.release_pieces(dlogits);
         by_rows(&mut dh, hidden, |row, dx| {
             kernels::norm_gradient(&x[row * hidden..][..hidden], norm.values(), norm.eps(), None, dx);
         });
@@ -64,21 +70,20 @@ pub fn loss(
     Ok(sum / targets.len() as f64)
 }
 
-/// The loss of one row of logits, which become `scale` times its gradient where that is asked for.
-fn cross_entropy(row: &mut [f32], target: usize, cap: Option<f32>, scale: Option<f32>) -> f64 {
-    // The slope of the cap needs the capped logits, which the gradient overwrites.
-    let mut capped = Vec::new();
+/// The logarithm of the sum of a row's exponentials, and its loss; the logits become those after the cap.
+fn cross_entropy(row: &mut [f32], target: usize, cap: Option<f32>) -> (f64, f64) {
     if let Some(cap) = cap {
         row.iter_mut().for_each(|v| *v = cap * (*v / cap).tanh());
-        capped.extend_from_slice(if scale.is_some() { row } else { &[] });
     }
     let log_sum = kernels::log_sum_exp(row);
-    let loss = log_sum - f64::from(row[target]);
-    if let Some(scale) = scale {
-        kernels::cross_entropy_gradient(row, log_sum as f32, target, scale);
-        if let Some(cap) = cap {
-            row.iter_mut().zip(&capped).for_each(|(d, v)| *d *= 1.0 - (v / cap) * (v / cap));
-        }
+    (log_sum, log_sum - f64::from(row[target]))
+}
+
+/// Logits after the cap become `scale` times the gradient of their loss in those before it.
+fn cross_entropy_gradient(row: &mut [f32], log_sum: f64, target: usize, cap: Option<f32>, scale: f32) {
+    let capped = cap.map(|cap| (cap, row.to_vec()));
+    kernels::cross_entropy_gradient(row, log_sum as f32, target, scale);
+    if let Some((cap, capped)) = capped {
+        row.iter_mut().zip(&capped).for_each(|(d, v)| *d *= 1.0 - (v / cap) * (v / cap));
     }
-    loss
 }

@@ -1,11 +1,13 @@
 //! Frozen linear layers that read the same rows, with their adapters, forward and backward.
 //!
 //! In bf16 they are one product: of rows with what the adapters make of them in their room, `[x | s x A^T]`, and of
-//! weights with the other halves of the adapters behind them, `[W | B]`; backward of `[dy | s dy B]` and of the weights
-//! with A below them.
+//! weights with the other halves of the adapters behind them, `[W | B]`; backward of the pieces of `[dy | s dy B]` and of
+//! the weights with A below them.
 
-use super::bench::{Kept, Place, Rows, Side, Workbench, by_rows, plain, transpose};
+use super::bench::{Place, Rows, Side, Workbench, by_rows, plain, transpose};
+use super::pieces::{PIECE, Pieces, Pooled, WIDE, split};
 use crate::lora::{Dropout, Lora};
+use crate::model::product::Threads;
 use crate::model::vector::{add, narrow};
 use crate::quant::Frozen;
 use anyhow::Result;
@@ -48,11 +50,14 @@ fn values<T>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> T) -> Result<T> {
 fn seen(bench: &Workbench, x: &Rows, dropout: Option<Dropout>) -> Option<Rows> {
     let width = x.width();
     let factors = dropout?.factors(x.count(), width);
-    Some(bench.fill(x.count(), (width, 0), |row, to| {
-        let mut scratch = Vec::new();
-        let x = x.read(row, &mut scratch);
-        to.iter_mut().zip(x).zip(&factors[row * width..]).for_each(|((to, x), f)| *to = x * f);
-    }))
+    Some(bench.fill(x.count(), (width, 0), |row, to| dropped(x, row, &factors[row * width..], to)))
+}
+
+/// A row times its factors.
+fn dropped(x: &Rows, row: usize, factors: &[f32], to: &mut [f32]) {
+    let mut scratch = Vec::new();
+    let x = x.read(row, &mut scratch);
+    to.iter_mut().zip(x).zip(factors).for_each(|((to, x), f)| *to = x * f);
 }
 
 impl<'a> Linear<'a> {
@@ -72,7 +77,7 @@ impl<'a> Linear<'a> {
         Ok(linear)
     }
 
-    /// The room that is needed behind the rows they read, and behind the gradients of what they give.
+    /// The room that is needed behind the rows they read.
     pub fn rank(&self) -> usize {
         self.rank
     }
@@ -125,13 +130,15 @@ impl<'a> Linear<'a> {
                 let a = values(&lora.a, |a| bench.rows_of(a, self.inputs))?;
                 let dropped = seen(bench, x, lora.dropout);
                 let to = Place { to: &mut low[part.low.start..], stride };
-                bench.multiply(to, false, &plain(dropped.as_ref().unwrap_or(x)), &plain(&a).t())?;
+                let seen = plain(dropped.as_ref().unwrap_or(x));
+                bench.multiply(to, false, &seen, &plain(&a).t(), Threads::All)?;
                 [Some(a), dropped].into_iter().flatten().for_each(|rows| bench.release(rows));
             }
         } else {
             // With zeros in the room of A, what stands in that of `x` does not matter.
             let a = self.downward(x)?;
-            bench.multiply(Place { to: &mut low, stride }, false, &Side::whole(x), &Side::whole(&a).t())?;
+            let (to, lhs, rhs) = (Place { to: &mut low, stride }, Side::whole(x), Side::whole(&a).t());
+            bench.multiply(to, false, &lhs, &rhs, Threads::All)?;
             bench.release(a);
         }
         let low = self.scaled(low);
@@ -176,7 +183,8 @@ impl<'a> Linear<'a> {
             if let Some((lora, low)) = part.lora.zip(low) {
                 let b = values(&lora.b, |b| bench.rows_of(b, part.low.len()))?;
                 let to = Place { to: &mut y[part.outs.start..], stride };
-                bench.multiply(to, true, &plain(low).columns(part.low.clone()), &plain(&b).t())?;
+                let low = plain(low).columns(part.low.clone());
+                bench.multiply(to, true, &low, &plain(&b).t(), Threads::All)?;
                 bench.release(b);
             }
         }
@@ -184,7 +192,7 @@ impl<'a> Linear<'a> {
     }
 
     /// The same in bf16, where `x` has what its adapters made of it in its room.
-    fn halves<T: Kept>(&self, x: &Rows, y: &mut [T]) -> Result<()> {
+    fn halves<T: Pooled>(&self, x: &Rows, y: &mut [T]) -> Result<()> {
         let (inputs, stride) = (self.inputs, self.inputs + self.rank);
         let to = Place { to: y, stride: self.outputs };
         self.bench.multiply_turned(to, &Side::whole(x), |outs, weight| {
@@ -213,40 +221,37 @@ impl<'a> Linear<'a> {
         })
     }
 
-    /// The gradient in the rows they read, and those of the adapters, from the gradient in what they gave, whose room is
-    /// used. `x` and `low` are those of forward.
+    /// How the gradient of what they give is divided: each layer by itself, with as many lines of its weight as are decoded
+    /// at a time.
+    pub fn pieces(&self) -> Vec<Range<usize>> {
+        let wide = split(self.inputs, WIDE, rayon::current_num_threads()).first().map_or(1, Range::len);
+        let of = |part: &Part<'_>| {
+            let start = part.outs.start;
+            split(part.outs.len(), PIECE / wide, 1).into_iter().map(move |p| start + p.start..start + p.end)
+        };
+        self.parts.iter().flat_map(of).collect()
+    }
+
+    /// The gradient in the rows they read, and those of the adapters, from the gradient in what they gave; with the rows
+    /// themselves and what forward kept of the adapters, where there are any.
     pub fn backward(
         &self,
-        x: &Rows,
-        low: Option<&Rows>,
-        dy: &mut Rows,
+        adapted: Option<(&Pieces, &Rows)>,
+        dy: &Pieces,
     ) -> Result<(Vec<f32>, Vec<Option<LoraGradient>>)> {
-        let (bench, count) = (self.bench, x.count());
-        let mut dlow = None;
-        if self.rank > 0 {
-            let mut values_of = bench.floats(count * self.rank);
-            for (part, lora) in self.adapters() {
-                let b = values(&lora.b, |b| bench.rows_of(b, part.low.len()))?;
-                let to = Place { to: &mut values_of[part.low.start..], stride: self.rank };
-                bench.multiply(to, false, &plain(dy).columns(part.outs.clone()), &plain(&b))?;
-                bench.release(b);
-            }
-            dlow = Some(self.scaled(values_of));
-        }
+        let (bench, count) = (self.bench, dy.count());
+        let dlow = adapted.map(|_| self.low_back(dy)).transpose()?;
         let through = dlow.as_ref().filter(|_| !self.dropout());
-        if let Some(dlow) = through {
-            bench.put(dy, dlow);
-        }
         let mut dx = bench.floats(count * self.inputs);
         match bench.accelerator() {
             None => self.full_back(dy, through, &mut dx)?,
-            Some(_) => self.halves_back(dy, &mut dx)?,
+            Some(_) => self.halves_back(dy, through, &mut dx)?,
         }
-        let gradients = match low.zip(dlow) {
+        let gradients = match adapted.zip(dlow) {
             None => self.parts.iter().map(|_| None).collect(),
-            Some((low, dlow)) => {
+            Some(((x, low), dlow)) => {
                 if self.dropout() {
-                    self.through_dropout(&dlow, x, &mut dx)?;
+                    self.through_dropout(&dlow, &mut dx)?;
                 }
                 let gradients = self.gradients(x, low, &dlow, dy)?;
                 bench.release(dlow);
@@ -256,41 +261,63 @@ impl<'a> Linear<'a> {
         Ok((dx, gradients))
     }
 
+    /// s (dy B) of all adapters.
+    fn low_back(&self, dy: &Pieces) -> Result<Rows> {
+        let (bench, count) = (self.bench, dy.count());
+        let mut all = bench.floats(count * self.rank);
+        for (part, lora) in self.adapters() {
+            let rank = part.low.len();
+            let b = values(&lora.b, |b| bench.rows_of(b, rank))?;
+            let mut own = bench.floats(count * rank);
+            for (outs, dy) in dy.within(&part.outs) {
+                let (to, b) = (Place { to: &mut own, stride: rank }, plain(&b).lines(outs.clone()));
+                bench.multiply(to, outs.start > 0, &dy, &b, Threads::All)?;
+            }
+            for (to, own) in all.chunks_mut(self.rank).zip(own.chunks(rank)) {
+                to[part.low.clone()].copy_from_slice(own);
+            }
+            bench.done(own);
+            bench.release(b);
+        }
+        Ok(self.scaled(all))
+    }
+
     /// `dx = dy W + dlow A` in f32, layer by layer.
-    fn full_back(&self, dy: &Rows, dlow: Option<&Rows>, dx: &mut [f32]) -> Result<()> {
+    fn full_back(&self, dy: &Pieces, dlow: Option<&Rows>, dx: &mut [f32]) -> Result<()> {
         let (bench, stride) = (self.bench, self.inputs);
-        for (i, part) in self.parts.iter().enumerate() {
-            let dy = plain(dy).columns(part.outs.clone());
-            part.layer.with_full(bench, |w| bench.multiply_f32(Place { to: dx, stride }, i > 0, &dy, w))?;
+        for part in &self.parts {
+            for (outs, dy) in dy.within(&part.outs) {
+                let add = part.outs.start + outs.start > 0;
+                let to = Place { to: &mut *dx, stride };
+                part.layer
+                    .with_full(bench, |w| bench.multiply_f32(to, add, &dy, w.rows(outs.start, outs.len())))?;
+            }
             if let Some((lora, dlow)) = part.lora.zip(dlow) {
                 let a = values(&lora.a, |a| bench.rows_of(a, stride))?;
                 let dlow = plain(dlow).columns(part.low.clone());
-                bench.multiply(Place { to: dx, stride }, true, &dlow, &plain(&a))?;
+                bench.multiply(Place { to: &mut *dx, stride }, true, &dlow, &plain(&a), Threads::All)?;
                 bench.release(a);
             }
         }
         Ok(())
     }
 
-    /// The same in bf16, where `dy` has the gradients of what adapters gave in its room, or zeros.
-    fn halves_back(&self, dy: &Rows, dx: &mut [f32]) -> Result<()> {
+    /// The same in bf16, the adapters' A below the layers' weights.
+    fn halves_back(&self, dy: &Pieces, dlow: Option<&Rows>, dx: &mut [f32]) -> Result<()> {
         let (inputs, outputs) = (self.inputs, self.outputs);
         let to = Place { to: dx, stride: inputs };
-        self.bench.multiply_plain(to, &Side::whole(dy), |lines, columns, weight| {
+        let lhs: Vec<_> = dy.iter().map(|(columns, rows)| (columns.clone(), rows)).collect();
+        let lhs = [lhs, dlow.map(|dlow| (outputs..outputs + self.rank, dlow)).into_iter().collect()].concat();
+        self.bench.multiply_plain(to, &lhs, |lines, columns, weight| {
             let wide = columns.len();
             for (part, own, there) in self.within(&lines) {
                 let rows = &mut weight[there.start * wide..there.end * wide];
                 part.layer.write(own, columns.clone(), rows, wide)?;
             }
-            // The rows of all A follow those of all layers.
-            for (part, lora) in self.adapters() {
-                let first = outputs + part.low.start;
-                let (start, end) = (first.max(lines.start), (outputs + part.low.end).min(lines.end));
+            for (part, lora) in self.adapters().filter(|_| lines.start == outputs) {
+                let rows = weight[part.low.start * wide..].chunks_mut(wide);
                 values(&lora.a, |a| {
-                    for line in start..end {
-                        let to = &mut weight[(line - lines.start) * wide..][..wide];
-                        narrow(&a[(line - first) * inputs..][columns.clone()], to);
-                    }
+                    rows.zip(a.chunks(inputs)).for_each(|(to, a)| narrow(&a[columns.clone()], to));
                 })?;
             }
             Ok(())
@@ -298,14 +325,14 @@ impl<'a> Linear<'a> {
     }
 
     /// Adds what the adapters' gradients are behind their dropout.
-    fn through_dropout(&self, dlow: &Rows, x: &Rows, dx: &mut [f32]) -> Result<()> {
+    fn through_dropout(&self, dlow: &Rows, dx: &mut [f32]) -> Result<()> {
         let (bench, stride) = (self.bench, self.inputs);
         for (part, lora) in self.adapters() {
             let a = values(&lora.a, |a| bench.rows_of(a, stride))?;
             let mut through = bench.floats(dx.len());
-            let dlow = plain(dlow).columns(part.low.clone());
-            bench.multiply(Place { to: &mut through, stride }, false, &dlow, &plain(&a))?;
-            let factors = lora.dropout.map(|d| d.factors(x.count(), x.width()));
+            let low = plain(dlow).columns(part.low.clone());
+            bench.multiply(Place { to: &mut through, stride }, false, &low, &plain(&a), Threads::All)?;
+            let factors = lora.dropout.map(|d| d.factors(dlow.count(), stride));
             by_rows(dx, stride, |row, dx| {
                 let through = &through[row * stride..][..stride];
                 match &factors {
@@ -324,31 +351,87 @@ impl<'a> Linear<'a> {
     }
 
     /// Those of A and B. By their few rows: the transposes of `x` and `dy`, which are large, are never formed.
-    fn gradients(&self, x: &Rows, low: &Rows, dlow: &Rows, dy: &Rows) -> Result<Vec<Option<LoraGradient>>> {
-        let (bench, inputs) = (self.bench, self.inputs);
-        let turned = [low, dlow].map(|rows| bench.transposed(rows));
+    fn gradients(
+        &self,
+        x: &Pieces,
+        low: &Rows,
+        dlow: &Rows,
+        dy: &Pieces,
+    ) -> Result<Vec<Option<LoraGradient>>> {
+        let bench = self.bench;
+        let [low, dlow] = [low, dlow].map(|rows| bench.transposed(rows));
+        let mut of_a = self.gradients_of_a(x, &dlow)?.into_iter();
         let mut found = Vec::with_capacity(self.parts.len());
         for part in &self.parts {
-            let Some(lora) = part.lora else {
-                found.push(None);
-                continue;
-            };
-            let (rank, out) = (part.low.len(), part.outs.len());
-            let [low, dlow] = [0, 1].map(|i| plain(&turned[i]).lines(part.low.clone()));
-            let mut da = vec![0f32; rank * inputs];
-            let dropped = seen(bench, x, lora.dropout);
-            let seen = plain(dropped.as_ref().unwrap_or(x));
-            bench.multiply(Place { to: &mut da, stride: inputs }, false, &dlow, &seen)?;
-            let mut turned = bench.floats(rank * out);
-            let dy = plain(dy).columns(part.outs.clone());
-            bench.multiply(Place { to: &mut turned, stride: out }, false, &low, &dy)?;
-            let mut db = vec![0f32; out * rank];
-            transpose(&turned, out, &mut db);
-            bench.done(turned);
-            dropped.into_iter().for_each(|rows| bench.release(rows));
-            found.push(Some((da, db)));
+            found.push(match part.lora {
+                None => None,
+                Some(_) => of_a.next().zip(Some(self.gradient_of_b(part, &low, dy)?)),
+            });
         }
-        turned.into_iter().for_each(|rows| bench.release(rows));
+        [low, dlow].into_iter().for_each(|rows| bench.release(rows));
         Ok(found)
+    }
+
+    /// `dlow^T x` of each adapter, from the transpose of `dlow`.
+    fn gradients_of_a(&self, x: &Pieces, dlow: &Rows) -> Result<Vec<Vec<f32>>> {
+        let (bench, inputs) = (self.bench, self.inputs);
+        let mut found: Vec<_> =
+            self.adapters().map(|(part, _)| vec![0f32; part.low.len() * inputs]).collect();
+        // Without dropout all adapters read the same rows, and their gradients are one product.
+        let groups: Vec<(Range<usize>, Option<Dropout>)> = match self.dropout() {
+            false => vec![(0..self.rank, None)],
+            true => self.adapters().map(|(part, lora)| (part.low.clone(), lora.dropout)).collect(),
+        };
+        for (low, dropout) in groups {
+            let factors = dropout.map(|d| d.factors(x.count(), inputs));
+            let products = bench.on_threads(x.iter().collect(), |(columns, rows), threads| {
+                let dropped = factors.as_ref().map(|f| {
+                    bench.fill(rows.count(), (columns.len(), 0), |row, to| {
+                        dropped(rows, row, &f[row * inputs + columns.start..], to);
+                    })
+                });
+                let mut product = bench.floats(low.len() * columns.len());
+                let to = Place { to: &mut product, stride: columns.len() };
+                let seen = plain(dropped.as_ref().unwrap_or(rows));
+                bench.multiply(to, false, &plain(dlow).lines(low.clone()), &seen, threads)?;
+                dropped.into_iter().for_each(|rows| bench.release(rows));
+                Ok(product)
+            })?;
+            for ((part, _), to) in self.adapters().zip(&mut found) {
+                if !(low.start..low.end).contains(&part.low.start) {
+                    continue;
+                }
+                by_rows(to, inputs, |row, to| {
+                    let row = part.low.start - low.start + row;
+                    for ((columns, _), product) in x.iter().zip(&products) {
+                        to[columns.clone()].copy_from_slice(&product[row * columns.len()..][..columns.len()]);
+                    }
+                });
+            }
+            products.into_iter().for_each(|buffer| bench.done(buffer));
+        }
+        Ok(found)
+    }
+
+    /// `dy^T low` of one adapter, from the transpose of `low`.
+    fn gradient_of_b(&self, part: &Part<'_>, low: &Rows, dy: &Pieces) -> Result<Vec<f32>> {
+        let (bench, rank) = (self.bench, part.low.len());
+        let low = plain(low).lines(part.low.clone());
+        let mut db = vec![0f32; part.outs.len() * rank];
+        let mut left = db.as_mut_slice();
+        let mut work = Vec::new();
+        for (outs, dy) in dy.within(&part.outs) {
+            let (own, others) = left.split_at_mut(outs.len() * rank);
+            left = others;
+            work.push((dy, outs.len(), own));
+        }
+        bench.on_threads(work, |(dy, outs, own), threads| {
+            let mut turned = bench.floats(rank * outs);
+            bench.multiply(Place { to: &mut turned, stride: outs }, false, &low, &dy, threads)?;
+            transpose(&turned, outs, own);
+            bench.done(turned);
+            Ok(())
+        })?;
+        Ok(db)
     }
 }

@@ -8,10 +8,12 @@ mod bench;
 mod block;
 mod head;
 mod linear;
+mod pieces;
 
-pub use bench::{PIECE_BYTES, Workbench, by_rows};
+pub use bench::{Workbench, by_rows};
 pub use head::head_rows;
 pub use linear::LoraGradient;
+pub use pieces::PIECE_BYTES;
 
 use super::Decoder;
 use super::attention::Visibility;
