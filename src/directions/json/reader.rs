@@ -46,6 +46,18 @@ const TENS: [u64; DIGITS + 1] = {
     }
     tens
 };
+/// `2^127 / 10^scale`, with the power of ten shifted up to its highest bit, rounded down; of the first, which is `2^64`, all
+/// that fits.
+const RECIPROCALS: [u64; DIGITS + 1] = {
+    let mut reciprocals = [u64::MAX; DIGITS + 1];
+    let mut at = 1;
+    while at <= DIGITS {
+        let ten = TENS[at] << TENS[at].leading_zeros();
+        reciprocals[at] = ((1u128 << 127) / ten as u128) as u64;
+        at += 1;
+    }
+    reciprocals
+};
 /// Decimal digits that always fit a u64.
 const DIGITS: usize = 19;
 
@@ -85,6 +97,14 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     /// The next byte that is no white space; 0 at the end, which no token begins with.
     #[inline(always)]
     pub(super) fn token(&mut self) -> u8 {
+        match self.bytes().get(self.at) {
+            Some(byte) if *byte > b' ' && !(QUOTED && *byte == b'\\') => *byte,
+            _ => self.later_token(),
+        }
+    }
+
+    /// The same past white space, and at a quote with a backslash before it.
+    fn later_token(&mut self) -> u8 {
         loop {
             match self.bytes().get(self.at) {
                 Some(b' ' | b'\t' | b'\n' | b'\r') => self.at += 1,
@@ -121,6 +141,14 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     /// Past the comma before a further element, or past the bracket that closes: then there is none.
     #[inline(always)]
     pub(super) fn further(&mut self, members: &mut Members<'de>, close: u8) -> Result<bool, Refusal> {
+        if let Some([b',', next]) = self.bytes().get(self.at..self.at + 2)
+            && !members.first
+            && *next > b' '
+            && *next != close
+        {
+            self.at += 1;
+            return Ok(true);
+        }
         let token = self.token();
         if token == close {
             self.at += 1;
@@ -142,12 +170,11 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     /// The next key of an object and the colon after it; a key that was there before is refused.
     #[inline(always)]
     pub(super) fn key(&mut self, members: &mut Members<'de>) -> Result<Option<Key<'de>>, Refusal> {
-        if !self.further(members, b'}')? {
-            return Ok(None);
-        }
-        self.token();
         if let Some(field) = self.expected_key(members) {
             return Ok(Some(Key::Field(field)));
+        }
+        if !self.further(members, b'}')? {
+            return Ok(None);
         }
         if self.token() != b'"' {
             return Err(self.broken("expected a key"));
@@ -171,20 +198,38 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         Ok(Some(Key::Field(field)))
     }
 
-    /// The field after the one before, as writers write them: no more than a comparison.
+    /// The comma and the field after the one before, as writers write them: no more than a comparison.
     #[inline(always)]
     fn expected_key(&mut self, members: &mut Members<'de>) -> Option<usize> {
         let field = members.next;
         let name = members.fields.get(field)?;
-        let rest = self.bytes()[self.at..].strip_prefix(Self::QUOTE)?.strip_prefix(name.as_bytes())?;
+        let rest = &self.bytes()[self.at..];
+        let rest = if members.first { rest } else { rest.strip_prefix(b",")? };
+        let rest = rest.strip_prefix(Self::QUOTE)?.strip_prefix(name.as_bytes())?;
         let rest = rest.strip_prefix(Self::QUOTE)?.strip_prefix(b":")?;
         if members.seen & (1 << field) != 0 {
             return None;
         }
+        members.first = false;
         members.seen |= 1 << field;
         members.next = field + 1;
         self.at = self.text.len() - rest.len();
         Some(field)
+    }
+
+    /// Past a string that is one of `words`, its place among them.
+    #[inline(always)]
+    pub(super) fn expected_word(&mut self, words: &[&str]) -> Option<u32> {
+        let rest = self.bytes()[self.at..].strip_prefix(Self::QUOTE)?;
+        for (at, word) in (0..).zip(words) {
+            if let Some(rest) =
+                rest.strip_prefix(word.as_bytes()).and_then(|rest| rest.strip_prefix(Self::QUOTE))
+            {
+                self.at = self.text.len() - rest.len();
+                return Some(at);
+            }
+        }
+        None
     }
 
     #[cold]
@@ -326,7 +371,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
             return self.exact(start, float);
         }
         if float {
-            let value = quotient(mantissa, TENS[scale]);
+            let value = quotient(mantissa, scale);
             return Ok(Number::Float(if negative { -value } else { value }));
         }
         match (negative, 0i64.checked_sub_unsigned(mantissa)) {
@@ -396,20 +441,30 @@ fn leading_digits(bytes: [u8; 8]) -> (usize, u64) {
     (count as usize, fours.wrapping_mul(10_000 << 32 | 1) >> 32)
 }
 
-/// The binary64 nearest to `mantissa / ten`, for a power of ten up to 10^19.
-fn quotient(mantissa: u64, ten: u64) -> f64 {
+/// The binary64 nearest to `mantissa / 10^scale`, for a scale up to [`DIGITS`].
+fn quotient(mantissa: u64, scale: usize) -> f64 {
+    let ten = TENS[scale];
     // Both are exact in binary64, so the one rounding of their division is the right one.
     if mantissa <= 1 << 53 {
         return mantissa as f64 / ten as f64;
     }
     let (up, ten_up) = (mantissa.leading_zeros(), ten.leading_zeros());
-    let (dividend, divisor) = (u128::from(mantissa << up) << 63, u128::from(ten << ten_up));
-    // Between 2^62 and 2^64. Whatever is below its last bit makes that bit 1, so that the conversion rounds as the
-    // whole quotient would be rounded.
+    let dividend = mantissa << up;
+    let exponent = 1023 - 63 + i64::from(ten_up) - i64::from(up);
+    let power = f64::from_bits((exponent as u64) << 52);
+    // The quotient, between 2^62 and 2^64, is from this to less than two more: a division is needed only where the
+    // nearest binary64 differs between the two.
+    let low = ((u128::from(dividend) * u128::from(RECIPROCALS[scale])) >> 64) as u64;
+    let (nearest, other) = (low as f64, low.saturating_add(2) as f64);
+    if nearest == other {
+        return nearest * power;
+    }
+    let (dividend, divisor) = (u128::from(dividend) << 63, u128::from(ten << ten_up));
+    // Whatever is below its last bit makes that bit 1, so that the conversion rounds as the whole quotient would be
+    // rounded.
     let quotient = dividend / divisor;
     let rest = u64::from(dividend != quotient * divisor);
-    let exponent = 1023 - 63 + i64::from(ten_up) - i64::from(up);
-    (quotient as u64 | rest) as f64 * f64::from_bits((exponent as u64) << 52)
+    (quotient as u64 | rest) as f64 * power
 }
 
 /// Length of the string that begins here, behind its quote, where every backslash in it stands before a quote and

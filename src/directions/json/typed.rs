@@ -98,11 +98,17 @@ impl<'de, const QUOTED: bool> Deserializer<'de> for &mut Reader<'de, QUOTED> {
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _: &'static str,
-        _: &'static [&'static str],
+        words: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Refusal> {
         let found = match self.token() {
-            b'"' => return visitor.visit_enum(self.string()?.into_deserializer()),
+            b'"' => {
+                return match self.expected_word(words) {
+                    // A derived enum takes a variant by its number, too.
+                    Some(at) => visitor.visit_enum(at.into_deserializer()),
+                    None => visitor.visit_enum(self.string()?.into_deserializer()),
+                };
+            }
             b'{' => Unexpected::Map,
             b'[' => Unexpected::Seq,
             _ => Unexpected::Other("another value"),
