@@ -8,8 +8,8 @@
     python training/bench/sampling.py MODEL.gguf --json                  # one object
 
 Both sides read the same GGUF file and answer the first --batch of the embedded non-code prompts in its chat template; no
-answer ends before --tokens. The peer has its weights in bf16, a KV cache and left padding; ours computes in f32 and holds
-its linear weights as --quantize says. --temperature 0 takes the most likely token on both sides. Time runs from the prompts' ids to the
+answer ends before --tokens. The peer has its weights in bf16, a KV cache and left padding; ours multiplies in what --compute
+says (bf16 needs oneDNN: Debian's libdnnl2 or libdnnl3) and holds its linear weights as --quantize says. --temperature 0 takes the most likely token on both sides. Time runs from the prompts' ids to the
 last token; loading is not in it, and the peer has answered once before. The sides take turns, both use all cores that this
 process may use, and the ratio is the median of ours over the median of the peer.
 """
@@ -37,6 +37,7 @@ def arguments():
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help="our linear weights")
+    parser.add_argument("--compute", choices=["f32", "bf16"], default="f32", help="our products with weights")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--program", type=pathlib.Path, default=pathlib.Path("target/release/emaudit-train"))
     parser.add_argument("--json", action="store_true")
@@ -80,6 +81,7 @@ def ours(args):
     """One turn of emaudit-train: seconds."""
     sizes = ["--first", str(args.batch), "--max-new-tokens", str(args.tokens), "--past-end"]
     how = ["--temperature", str(args.temperature), "--top-p", str(args.top_p), "--quantize", args.quantize]
+    how += ["--compute", args.compute]
     command = [str(args.program), "sample", str(args.model), "--prompts", str(PROMPTS), *sizes, *how, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -120,6 +122,7 @@ def main():
         "tokens": args.tokens,
         "temperature": args.temperature,
         "quantize": args.quantize,
+        "compute": args.compute,
         "cores": int(cores),
         "seconds": seconds,
         "tokens_per_second": speed,
@@ -128,7 +131,7 @@ def main():
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{args.model.name}, {args.batch} x {args.tokens} new tokens, ours {args.quantize}, {cores} cores")
+    print(f"{args.model.name}, {args.batch} x {args.tokens} new tokens, ours {args.quantize} in {args.compute}, {cores} cores")
     print(f"tokens per second  ours {speed['ours']:8.1f}  peer {speed['peer']:8.1f}  ratio {found['tokens_per_second_ratio']:.2f}")
 
 

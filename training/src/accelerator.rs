@@ -357,7 +357,7 @@ impl Accelerator {
                 found.with_context(|| {
                     format!(
                         "bf16 needs oneDNN, and none of {} was found: install it (Debian: libdnnl2 or libdnnl3), name \
-                         its file in EMAUDIT_ONEDNN, or set finetune.compute = \"f32\"",
+                         its file in EMAUDIT_ONEDNN, or compute in f32 (finetune.compute, --compute)",
                         NAMES.join(", ")
                     )
                 })?
@@ -369,8 +369,8 @@ impl Accelerator {
         let isa = unsafe { (functions.get_effective_cpu_isa)() };
         if isa & ISA_BF16 != ISA_BF16 {
             bail!(
-                "bf16 would not be faster here: oneDNN finds no bf16 products (AVX512_BF16) on this processor; set \
-                 finetune.compute = \"f32\""
+                "bf16 would not be faster here: oneDNN finds no bf16 products (AVX512_BF16) on this processor; \
+                 compute in f32 (finetune.compute, --compute)"
             );
         }
         let tiles = isa & ISA_TILES == ISA_TILES;

@@ -10,7 +10,7 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use emaudit_train::experiment::Experiment;
 use emaudit_train::quant::Storage;
-use emaudit_train::recipe::Recipe;
+use emaudit_train::recipe::{Compute, Recipe};
 use emaudit_train::results::Results;
 use emaudit_train::{interrupt, report, store};
 use sample::SampleArgs;
@@ -123,6 +123,14 @@ fn storage(text: &str) -> Result<Storage, String> {
         "none" => Ok(Storage::None),
         "nf4" => Ok(Storage::Nf4),
         other => Err(format!("`{other}` is neither `none` nor `nf4`")),
+    }
+}
+
+fn compute(text: &str) -> Result<Compute, String> {
+    match text {
+        "f32" => Ok(Compute::F32),
+        "bf16" => Ok(Compute::Bf16),
+        other => Err(format!("`{other}` is neither `f32` nor `bf16`")),
     }
 }
 

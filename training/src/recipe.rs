@@ -123,8 +123,8 @@ pub enum Optimizer {
 pub enum Compute {
     /// f32 throughout.
     F32,
-    /// Factors rounded to bf16, products summed in f32; faster, and less memory. On the CPU while finetuning, by oneDNN,
-    /// which must be installed; what is kept for backward is in bf16 too. On a GPU of compute capability 8.0 or more for
+    /// Factors rounded to bf16, products summed in f32; faster, and less memory. On the CPU while finetuning and in `sample`, by
+    /// oneDNN, which must be installed; what is kept for backward is in bf16 too. On a GPU of compute capability 8.0 or more for
     /// all that a run does with the model, and attention in TF32.
     Bf16,
 }

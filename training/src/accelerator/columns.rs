@@ -56,6 +56,11 @@ pub struct Columns<'a, T> {
 }
 
 impl<T: Sum> Columns<'_, T> {
+    /// As [`Accelerator::wants_dense`].
+    pub fn wants_dense(&self) -> bool {
+        self.accelerator.wants_dense()
+    }
+
     /// Adds `lhs rhs` to the products before; the first one takes the place of what was there.
     ///
     /// # Panics

@@ -4,6 +4,7 @@
 
 use super::attention::{Scores, Visibility, attention};
 use super::ops::{self, Norm, Rotation};
+use super::pass::Workbench;
 use super::{Cache, Config, Layer};
 use crate::lora::{Adapter, Lora};
 use crate::quant::Frozen;
@@ -338,6 +339,14 @@ impl Decoder {
         linears.map(Frozen::bytes).sum::<usize>()
             + 4 * self.embedding.as_ref().map_or(0, Tensor::elem_count)
             + self.head.bytes()
+    }
+
+    /// From here on the linear layers and the head multiply in bf16 on the CPU, in forward passes without a gradient: by
+    /// oneDNN, on factors rounded to bf16, summed in f32. A row's result then depends on how many rows there are.
+    pub fn multiply_in_bf16(&self) -> anyhow::Result<()> {
+        let bench = Arc::new(Workbench::new(Compute::Bf16)?);
+        let linears = self.blocks.iter().flat_map(|b| &b.linears);
+        Ok(linears.chain([&self.head]).try_for_each(|layer| layer.multiply_in(&bench))?)
     }
 
     /// Bytes of the copies of weights that the first products will make and keep: of quantised ones in f32 for products in

@@ -35,7 +35,9 @@ impl LoadOptions {
 pub fn load(path: &Path, options: &LoadOptions) -> Result<Decoder> {
     if options.compute == Compute::Bf16 && !options.device.is_cpu() {
         if !cuda::supports_bf16(&options.device) {
-            bail!("bf16 needs a GPU of compute capability 8.0 or more: set finetune.compute = \"f32\"");
+            bail!(
+                "bf16 needs a GPU of compute capability 8.0 or more: compute in f32 (finetune.compute, --compute)"
+            );
         }
         cuda::allow_tf32();
     }

@@ -3,6 +3,7 @@
 use super::{Nf4, Placed, matvec};
 use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
+use crate::model::pass::Workbench;
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
 use crate::model::vector::narrow;
 use crate::recipe::Compute;
@@ -32,6 +33,8 @@ pub struct Frozen {
     bias: Option<Tensor>,
     /// The weight in bf16, once [`Frozen::keep_halves`] was asked for it.
     halves: Arc<OnceLock<Vec<bf16>>>,
+    /// Where `x W^T` is computed in bf16, on the CPU.
+    bench: Arc<OnceLock<Arc<Workbench>>>,
 }
 
 /// All are row-major, `[out, in]`: a tied head then shares the embedding's memory, and [`matvec`] reads rows as they lie.
@@ -62,7 +65,7 @@ impl Frozen {
                 Weight::Quantized { nf4, decoded: keep_decoded.then(OnceLock::new) }
             }
         };
-        Ok(Frozen { weight: Arc::new(weight), bias, halves: Arc::default() })
+        Ok(Frozen { weight: Arc::new(weight), bias, halves: Arc::default(), bench: Arc::default() })
     }
 
     /// The same on a GPU, for products in f32 or bf16. The weight may be anywhere, and is best on the host.
@@ -82,7 +85,7 @@ impl Frozen {
             }
         };
         let bias = bias.map(|b| b.to_device(device)).transpose()?;
-        Ok(Frozen { weight: Arc::new(weight), bias, halves: Arc::default() })
+        Ok(Frozen { weight: Arc::new(weight), bias, halves: Arc::default(), bench: Arc::default() })
     }
 
     /// Output and input features.
@@ -126,6 +129,13 @@ impl Frozen {
                 .for_each(|(to, from)| narrow(from, to));
             self.halves.get_or_init(|| halves);
         }
+        Ok(())
+    }
+
+    /// From here on `x W^T` on the CPU is computed in bf16, from a copy of what is stored in f32.
+    pub(crate) fn multiply_in(&self, bench: &Arc<Workbench>) -> candle_core::Result<()> {
+        self.keep_halves()?;
+        self.bench.get_or_init(|| bench.clone());
         Ok(())
     }
 
@@ -209,6 +219,9 @@ impl Frozen {
 
     /// `x W^T` on the CPU.
     fn product(&self, x: Matrix<'_>) -> candle_core::Result<Vec<f32>> {
+        if let Some((bench, x)) = self.bench.get().zip(x.row_major()) {
+            return self.product_in_bf16(bench, x).map_err(candle_core::Error::wrap);
+        }
         if let Some(few) = x.row_major().filter(|_| x.dims().0 <= matvec::FEW) {
             return self.few(few);
         }
@@ -224,6 +237,9 @@ impl Frozen {
 impl Frozen {
     /// As `product`, for few rows: the weight is used as it is held.
     fn few(&self, x: &[f32]) -> candle_core::Result<Vec<f32>> {
+        if let Some(bench) = self.bench.get() {
+            return self.product_in_bf16(bench, x).map_err(candle_core::Error::wrap);
+        }
         let (isa, dims) = (matvec::Isa::best(), self.dims());
         match &*self.weight {
             Weight::Full(w) => {

@@ -2,7 +2,7 @@
 
 use super::Frozen;
 use super::frozen::Weight;
-use crate::model::pass::Workbench;
+use crate::model::pass::{Place, Workbench, plain};
 use crate::model::product::{Elements, Matrix};
 use crate::model::vector::narrow;
 use anyhow::{Result, bail};
@@ -44,5 +44,19 @@ impl Frozen {
             Weight::Placed(_) => bail!("the weight is on a GPU"),
         }
         Ok(())
+    }
+
+    /// `x W^T` in bf16, of row-major rows.
+    pub(super) fn product_in_bf16(&self, bench: &Workbench, x: &[f32]) -> Result<Vec<f32>> {
+        let (out, inp) = self.dims();
+        let rows = bench.rows_of(x, inp);
+        let mut y = vec![0f32; rows.count() * out];
+        let to = Place { to: &mut y, stride: out };
+        match self.halves() {
+            Some(halves) => bench.multiply_kept(to, &plain(&rows), halves)?,
+            None => bench.multiply_turned(to, &plain(&rows), |outs, to| self.write(outs, 0..inp, to, inp))?,
+        }
+        bench.release(rows);
+        Ok(y)
     }
 }

@@ -171,6 +171,31 @@ fn bf16_is_f32_within_its_rounding_for_every_family() {
     });
 }
 
+/// Forward alone is less than what [`bf16_tolerance`] counts.
+#[test]
+fn logits_in_bf16_follow_those_in_f32() {
+    let Some(_) = in_bf16("logits of every family in bf16") else { return };
+    each(&candle_core::Device::Cpu, |name, _, golden| {
+        for storage in [Storage::None, Storage::Nf4] {
+            let decoder = load(&path(&format!("families/{name}")), storage).unwrap();
+            let (adapter, _) = adapter(&decoder);
+            let ids = &golden.examples()[0].ids;
+            for few in [2, ids.len()] {
+                let [plain, adapted] = [None, Some(&adapter)].map(|a| logits(&decoder, &ids[..few], a));
+                let rounded = load(&path(&format!("families/{name}")), storage).unwrap();
+                rounded.multiply_in_bf16().unwrap();
+                for (adapter, expected) in [(None, plain), (Some(&adapter), adapted)] {
+                    let found = deviation(&logits(&rounded, &ids[..few], adapter), &expected);
+                    let allowed = bf16_tolerance(&decoder.config);
+                    println!("{name}, {storage:?}, {few} tokens: {found:e} of {allowed:e}");
+                    assert!(found <= allowed, "{name}: {found:e} of {allowed:e}");
+                    assert!(found > 2f32.powi(-12), "{name}: {found:e} is not bf16");
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn losses_in_bf16_follow_those_in_f32() {
     let Some(_) = in_bf16("a run in bf16") else { return };

@@ -10,7 +10,7 @@ mod head;
 mod linear;
 mod pieces;
 
-pub use bench::{Workbench, by_rows};
+pub use bench::{Place, Workbench, by_rows, plain};
 pub use head::head_rows;
 pub use linear::LoraGradient;
 pub use pieces::PIECE_BYTES;

@@ -2,7 +2,7 @@
 //! its cache. Pieces have no gaps between their rows: oneDNN 2.6 multiplies matrix tiles fast only where there are none.
 
 use super::bench::{Place, Rows, Side, Workbench, by_rows, plain, rows_per_task};
-use crate::accelerator::Sum;
+use crate::accelerator::{Columns, Sum};
 use crate::model::product::{Matrix, Threads};
 use crate::model::vector::narrow;
 use anyhow::Result;
@@ -123,17 +123,40 @@ impl Workbench {
         accelerator.by_columns(to.to, (rows, to.stride), &pieces, |piece, mut columns| {
             let mut values = self.halves(piece.len() * depth);
             write(piece.clone(), &mut values)?;
-            let rhs = Matrix::new(&values, (piece.len(), depth), (depth, 1)).t();
-            if accelerator.wants_dense() && piece.len() < to.stride {
-                let mut dense = T::take(self, rows * piece.len());
-                columns.add_in(&mut dense, true, lhs, rhs)?;
-                T::give(self, dense);
-            } else {
-                columns.add(lhs, rhs)?;
-            }
+            self.put_product(&mut columns, (lhs, piece.len() < to.stride), &values, depth)?;
             self.done_halves(values);
             Ok(())
         })
+    }
+
+    /// The same with an `rhs` that lies in memory in bf16.
+    pub fn multiply_kept<T: Pooled>(&self, to: Place<'_, T>, lhs: &Side<'_>, rhs: &[bf16]) -> Result<()> {
+        let (accelerator, lhs) = self.in_bf16(lhs)?;
+        let (rows, depth) = lhs.dims();
+        let pieces = split(to.stride, to.stride, rayon::current_num_threads());
+        accelerator.by_columns(to.to, (rows, to.stride), &pieces, |piece, mut columns| {
+            let values = &rhs[piece.start * depth..piece.end * depth];
+            self.put_product(&mut columns, (lhs, piece.len() < to.stride), values, depth)
+        })
+    }
+
+    /// `lhs rhs^T` as some columns of a result, or as all.
+    fn put_product<T: Pooled>(
+        &self,
+        columns: &mut Columns<'_, T>,
+        (lhs, some): (Matrix<'_, bf16>, bool),
+        rhs: &[bf16],
+        depth: usize,
+    ) -> Result<()> {
+        let count = rhs.len() / depth;
+        let rhs = Matrix::new(rhs, (count, depth), (depth, 1)).t();
+        if !some || !columns.wants_dense() {
+            return columns.add(lhs, rhs);
+        }
+        let mut dense = T::take(self, lhs.dims().0 * count);
+        columns.add_in(&mut dense, true, lhs, rhs)?;
+        T::give(self, dense);
+        Ok(())
     }
 
     /// `to = lhs rhs` in bf16, `lhs` being pieces that follow each other: `write(lines, columns, values)` gives a part of
