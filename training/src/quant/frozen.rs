@@ -3,18 +3,13 @@
 use super::{Nf4, Placed, matvec};
 use crate::cuda::Outside;
 use crate::lora::{Dropout, Lora};
-use crate::model::pass::Workbench;
+use crate::model::pass::{Workbench, narrow_all};
 use crate::model::product::{Elements, Matrix, Threads, product, sum_of_products};
-use crate::model::vector::narrow;
 use crate::recipe::Compute;
 use anyhow::Result;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Device, Layout, Shape, Tensor};
 use half::bf16;
-use rayon::prelude::*;
 use std::sync::{Arc, OnceLock};
-
-/// Values that a thread rounds at a time.
-const GRAIN: usize = 16 * 1024;
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -123,10 +118,7 @@ impl Frozen {
                 candle_core::bail!("a frozen weight is row-major")
             };
             let mut halves = vec![bf16::ZERO; values.len()];
-            halves
-                .par_chunks_mut(GRAIN)
-                .zip(values.par_chunks(GRAIN))
-                .for_each(|(to, from)| narrow(from, to));
+            narrow_all(values, &mut halves);
             self.halves.get_or_init(|| halves);
         }
         Ok(())
@@ -237,9 +229,6 @@ impl Frozen {
 impl Frozen {
     /// As `product`, for few rows: the weight is used as it is held.
     fn few(&self, x: &[f32]) -> candle_core::Result<Vec<f32>> {
-        if let Some(bench) = self.bench.get() {
-            return self.product_in_bf16(bench, x).map_err(candle_core::Error::wrap);
-        }
         let (isa, dims) = (matvec::Isa::best(), self.dims());
         match &*self.weight {
             Weight::Full(w) => {
@@ -297,7 +286,7 @@ impl LoraLinear {
         let rank = a.len() / inp;
         let mut low = matvec::product(isa, x, matvec::Weight::Dense(a), (rank, inp));
         low.iter_mut().for_each(|v| *v *= self.scaling as f32);
-        let mut y = self.layer.few(x)?;
+        let mut y = self.layer.product(Matrix::new(x, (x.len() / inp, inp), (inp, 1)))?;
         let update = matvec::product(isa, &low, matvec::Weight::Dense(b), (out, rank));
         y.iter_mut().zip(update).for_each(|(y, u)| *y += u);
         Ok(y)

@@ -212,9 +212,8 @@ impl Workbench {
             return Rows { values: Values::F32(copy), width, room: 0 };
         }
         let mut halves = self.halves(values.len());
-        let (to, from) = (halves.par_chunks_mut(GRAIN), values.par_chunks(GRAIN));
-        to.zip(from).for_each(|(to, from)| narrow(from, to));
-        Rows { values: Values::Bf16(halves), width, room: 0 }
+        narrow_all(values, &mut halves);
+        Rows::of_halves(halves, width)
     }
 
     /// Fresh rows, each filled by `f(row, values)`, with zeros in their `room`; products in f32 need none and get none.
@@ -252,7 +251,7 @@ impl Workbench {
     ) -> Result<Rows> {
         let mut halves = self.halves(count * width);
         f(&mut halves)?;
-        Ok(Rows { values: Values::Bf16(halves), width, room: 0 })
+        Ok(Rows::of_halves(halves, width))
     }
 
     /// Copies `low` into the room of rows in bf16.
@@ -324,6 +323,11 @@ impl Workbench {
 
 /// Elements per parallel task: below this a thread hand-over costs more than the arithmetic.
 const GRAIN: usize = 16 * 1024;
+
+/// Rounds to bf16, in parallel.
+pub fn narrow_all(from: &[f32], to: &mut [bf16]) {
+    to.par_chunks_mut(GRAIN).zip(from.par_chunks(GRAIN)).for_each(|(to, from)| narrow(from, to));
+}
 
 /// Rows of this width that one task takes.
 pub(super) fn rows_per_task(width: usize) -> usize {

@@ -10,7 +10,7 @@ mod head;
 mod linear;
 mod pieces;
 
-pub use bench::{Place, Workbench, by_rows, plain};
+pub use bench::{Place, Workbench, by_rows, narrow_all, plain};
 pub use head::head_rows;
 pub use linear::LoraGradient;
 pub use pieces::PIECE_BYTES;
