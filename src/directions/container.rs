@@ -2,9 +2,8 @@
 //! (that is `schema.rs`). The rules and their order are FORMAT.md's.
 
 use super::digest;
-use super::json::{self, Reader, Refusal, Text};
+use super::json::{self, Read, Reader, Refusal, Text, object};
 use crate::error::{Error, Result};
-use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -61,14 +60,30 @@ impl<'a> Metadata<'a> {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Tensor<'a> {
-    #[serde(borrow)]
     dtype: Cow<'a, str>,
-    shape: Vec<u64>,
+    shape: Shape,
     data_offsets: [u64; 2],
 }
+
+/// The only dimension of a tensor, or how many there are.
+enum Shape {
+    Elements(u64),
+    Dimensions(usize),
+}
+
+impl<'de> Read<'de> for Shape {
+    fn read<const QUOTED: bool>(reader: &mut Reader<'de, QUOTED>) -> std::result::Result<Shape, Refusal> {
+        let (mut last, mut count) = (0, 0);
+        reader.elements(|reader| {
+            count += 1;
+            u64::read(reader).map(|dimension| last = dimension)
+        })?;
+        Ok(if count == 1 { Shape::Elements(last) } else { Shape::Dimensions(count) })
+    }
+}
+
+object!(refuse Tensor<'de> { dtype, shape, data_offsets });
 
 fn malformed<T>(sentence: impl Into<String>) -> Result<T> {
     Err(Error::Malformed(sentence.into()))
@@ -123,10 +138,10 @@ fn header_text(bytes: &[u8]) -> Result<&str> {
 fn header(text: &str) -> Result<Header<'_>> {
     let mut header = Header::default();
     let read = json::read(text, |reader| {
-        reader.members(|name, reader| {
+        reader.members(&"an object", |name, reader| {
             let member = match &*name {
                 "__metadata__" => metadata(reader).map(|metadata| header.metadata = metadata),
-                _ => Tensor::deserialize(reader).map(|tensor| header.tensors.push((name.clone(), tensor))),
+                _ => Tensor::read(reader).map(|tensor| header.tensors.push((name.clone(), tensor))),
             };
             member.map_err(|refusal| refusal.inside(&name))
         })
@@ -142,7 +157,7 @@ fn header(text: &str) -> Result<Header<'_>> {
 
 fn metadata<'a>(reader: &mut Reader<'a>) -> std::result::Result<Metadata<'a>, Refusal> {
     let mut metadata = Metadata::default();
-    reader.members(|key, reader| reader.text().map(|value| metadata.0.push((key, value))))?;
+    reader.members(&"an object", |key, reader| reader.text().map(|value| metadata.0.push((key, value))))?;
     Ok(metadata)
 }
 
@@ -238,8 +253,11 @@ fn check_extent(name: &str, tensor: &Tensor<'_>) -> Result<()> {
             json::plain(&tensor.dtype)
         ));
     }
-    let &[elements] = tensor.shape.as_slice() else {
-        return malformed(format!("tensor {name:?} has {} dimensions, it must have one", tensor.shape.len()));
+    let elements = match tensor.shape {
+        Shape::Elements(elements) => elements,
+        Shape::Dimensions(count) => {
+            return malformed(format!("tensor {name:?} has {count} dimensions, it must have one"));
+        }
     };
     let [begin, end] = tensor.data_offsets;
     // A length that overflows is no length: as `None` it would equal that of offsets that run backwards.
@@ -283,7 +301,20 @@ fn stated_digest(header: &str, metadata: &Metadata<'_>) -> Result<([u8; 32], usi
         return malformed("`emaudit.content_sha256` must be 64 lower-case hex characters");
     }
     let key = DIGEST_KEY.as_bytes();
-    let mut places = memchr::memmem::find_iter(header.as_bytes(), key).map(|at| at + key.len());
+    // Most of the header is the quoted manifest, where each quote has a backslash before it, and the last two of these
+    // bytes' three quotes have none.
+    let quoted = match metadata.get("emaudit.manifest") {
+        Some(Text::Quoted(raw)) => {
+            let start = raw.as_ptr().addr() - header.as_ptr().addr();
+            start..start + raw.len()
+        }
+        _ => 0..0,
+    };
+    let parts = [0..quoted.start, quoted.end..header.len()];
+    let mut places = parts.into_iter().flat_map(|part| {
+        memchr::memmem::find_iter(&header.as_bytes()[part.clone()], key)
+            .map(move |at| part.start + at + key.len())
+    });
     let (Some(at), None) = (places.next(), places.next()) else {
         return malformed(format!("the header must have the bytes {DIGEST_KEY} exactly once"));
     };

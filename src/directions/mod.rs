@@ -22,6 +22,7 @@ mod container;
 pub mod digest;
 mod json;
 mod mapping;
+mod reading;
 mod rules;
 pub mod schema;
 mod signature;
@@ -297,10 +298,11 @@ fn check_values(layer: u32, span: &Span, all: &[f32], width: usize) -> Result<()
         if span.len() != width {
             return refuse(format!("`{name}` has {} elements, model.hidden_size is {width}", span.len()));
         }
-        // Without an early exit the compiler checks a register at a time; where, matters to the error only.
-        let nonfinite = all[span.clone()].iter().fold(false, |seen, x| seen | !x.is_finite());
+        // Without an early exit the compiler checks a register at a time; where, matters to the error only. Times 0, what is
+        // finite is 0 with a sign, and anything else NaN.
+        let seen = all[span.clone()].iter().fold(0, |seen, x| seen | (x * 0.0).to_bits());
         let place = || all[span.clone()].iter().position(|x| !x.is_finite());
-        if let Some(at) = nonfinite.then(place).flatten() {
+        if let Some(at) = (seen << 1 != 0).then(place).flatten() {
             return refuse(format!(
                 "element {at} of `{name}` is {}, it must be finite",
                 all[span.start + at]

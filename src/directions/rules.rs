@@ -48,8 +48,10 @@ impl Manifest {
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.validate_layers()?;
+        let mut floor = Floor::default();
         for entry in &self.layers {
-            entry.calibration.as_ref().map_or(Ok(()), |calibration| calibration.validate(entry.layer))?;
+            let calibration = entry.calibration.as_ref();
+            calibration.map_or(Ok(()), |calibration| calibration.validate(entry.layer, &mut floor))?;
         }
         self.evidence.validate()?;
         if let Some(cell) = &self.evidence.cell {
@@ -120,7 +122,7 @@ impl ModelIdentity {
 }
 
 impl Calibration {
-    fn validate(&self, layer: u32) -> Result<()> {
+    fn validate(&self, layer: u32, floor: &mut Floor) -> Result<()> {
         let at = format_args!("layer {layer}: calibration");
         // Smaller or larger, and 1 / sigma leaves the range of f32.
         let sigma_holds = (f64::from(f32::MIN_POSITIVE)..=f64::from(f32::MAX)).contains(&self.sigma);
@@ -142,7 +144,6 @@ impl Calibration {
             let must = "ascending in both: a larger probability has no smaller z";
             rule(ascending, format_args!("{at}.quantiles[{i}..={}]", i + 1), pair, must)?;
         }
-        let mut floor = Floor::default();
         for (i, threshold) in self.thresholds.iter().enumerate() {
             threshold.validate(format_args!("{at}.thresholds[{i}]"), floor.of(threshold.sequences))?;
         }
@@ -153,7 +154,8 @@ impl Calibration {
     fn validate_order_of_thresholds(&self, at: Arguments<'_>) -> Result<()> {
         let place = |t: &Threshold| (t.statistic as u32, t.horizon);
         let mut sorted: Vec<&Threshold> = self.thresholds.iter().collect();
-        sorted.sort_by(|a, b| place(a).cmp(&place(b)).then(a.rate.total_cmp(&b.rate)));
+        // The bits of positive numbers are in their order.
+        sorted.sort_unstable_by_key(|t| (place(t), t.rate.to_bits()));
         for pair in sorted.windows(2).filter(|pair| place(pair[0]) == place(pair[1])) {
             let (rare, common) = (pair[0], pair[1]);
             let name = Aggregation::as_str(rare.statistic);

@@ -2,13 +2,12 @@
 //! after the last. Other readers keep the last of two equal keys, and read a struct from an array and a word from an
 //! object as well: two of them could see two files.
 
+mod read;
 mod reader;
-mod typed;
 
+pub(super) use read::{Read, object, words};
 pub(super) use reader::Reader;
 
-use serde::Deserialize;
-use serde::de::{DeserializeOwned, IgnoredAny};
 use std::borrow::Cow;
 use std::fmt::{self, Display};
 
@@ -87,13 +86,13 @@ impl Text<'_> {
     }
 
     /// The JSON in it as a `T`. A text that breaks several rules breaks those of JSON first.
-    pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
+    pub(super) fn read<T: for<'t> Read<'t>>(&self) -> Result<T, Refusal> {
         if let Text::Quoted(raw) = self
-            && let Ok(value) = Reader::<true>::new(raw).document(|reader| T::deserialize(reader))
+            && let Ok(value) = Reader::<true>::new(raw).document(T::read)
         {
             return Ok(value);
         }
-        read(&self.plain(), |reader| T::deserialize(reader))
+        read(&self.plain(), T::read)
     }
 }
 
@@ -110,7 +109,7 @@ pub(super) fn read<'de, T>(
 
 /// Whether all of it is JSON under the rules of the format, whatever it says.
 fn strict(text: &str) -> Result<(), Refusal> {
-    Reader::<false>::new(text).document(|reader| IgnoredAny::deserialize(reader).map(|_| ()))
+    Reader::<false>::new(text).document(Reader::skip_value)
 }
 
 /// Text from a file made fit for a message: control characters escaped, length bounded.

@@ -1,6 +1,7 @@
 //! The text of JSON: white space, strings, numbers, and the order of commas; what each rule of FORMAT.md refuses.
 
 use super::{LEVELS, Refusal, Text, plain};
+use serde::de::Expected;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
@@ -8,6 +9,7 @@ use std::collections::BTreeSet;
 ///
 /// `QUOTED`: the text is the raw inside of a JSON string whose only escapes are those of quotes, so that each quote
 /// has a backslash before it and no backslash is anywhere else.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(in crate::directions) struct Reader<'de, const QUOTED: bool = false> {
     text: &'de str,
     at: usize,
@@ -19,21 +21,6 @@ pub(super) enum Number {
     Unsigned(u64),
     Signed(i64),
     Float(f64),
-}
-
-/// A key: its place among the fields that were named, or another one.
-pub(super) enum Key<'de> {
-    Field(usize),
-    Other(Cow<'de, str>),
-}
-
-/// The place between two members of an object, or two elements of an array, and the keys that were there.
-pub(super) struct Members<'de> {
-    fields: &'static [&'static str],
-    first: bool,
-    next: usize,
-    seen: u64,
-    others: Option<BTreeSet<Cow<'de, str>>>,
 }
 
 /// Powers of ten that a u64 holds.
@@ -128,21 +115,21 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     }
 
     /// Past the bracket that opens an object or array.
-    #[inline]
-    pub(super) fn open(&mut self, fields: &'static [&'static str]) -> Result<Members<'de>, Refusal> {
+    #[inline(always)]
+    pub(super) fn open(&mut self) -> Result<(), Refusal> {
         if self.levels == LEVELS {
             return Err(Refusal::not_strict(format_args!("it nests deeper than {LEVELS} levels")));
         }
         self.levels += 1;
         self.at += 1;
-        Ok(Members { fields, first: true, next: 0, seen: 0, others: None })
+        Ok(())
     }
 
     /// Past the comma before a further element, or past the bracket that closes: then there is none.
     #[inline(always)]
-    pub(super) fn further(&mut self, members: &mut Members<'de>, close: u8) -> Result<bool, Refusal> {
+    pub(super) fn further(&mut self, first: bool, close: u8) -> Result<bool, Refusal> {
         if let Some([b',', next]) = self.bytes().get(self.at..self.at + 2)
-            && !members.first
+            && !first
             && *next > b' '
             && *next != close
         {
@@ -155,7 +142,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
             self.levels -= 1;
             return Ok(false);
         }
-        if !std::mem::replace(&mut members.first, false) {
+        if !first {
             if token != b',' {
                 return Err(self.broken("expected a comma or a closing bracket"));
             }
@@ -167,89 +154,53 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         Ok(true)
     }
 
-    /// The next key of an object and the colon after it; a key that was there before is refused.
+    /// Past these very bytes, if they stand here: in a quoted text, the second ones.
     #[inline(always)]
-    pub(super) fn key(&mut self, members: &mut Members<'de>) -> Result<Option<Key<'de>>, Refusal> {
-        if let Some(field) = self.expected_key(members) {
-            return Ok(Some(Key::Field(field)));
-        }
-        if !self.further(members, b'}')? {
-            return Ok(None);
-        }
-        if self.token() != b'"' {
-            return Err(self.broken("expected a key"));
-        }
-        let key = self.string()?;
-        if self.token() != b':' {
-            return Err(self.broken("expected a colon"));
-        }
-        self.at += 1;
-        let Some(field) = members.fields.iter().position(|field| *field == key) else {
-            return match members.others.get_or_insert_default().insert(key.clone()) {
-                true => Ok(Some(Key::Other(key))),
-                false => Err(self.twice(&key)),
-            };
-        };
-        if members.seen & (1 << field) != 0 {
-            return Err(self.twice(&key));
-        }
-        members.seen |= 1 << field;
-        members.next = field + 1;
-        Ok(Some(Key::Field(field)))
+    pub(in crate::directions) fn expect(&mut self, plain: &str, quoted: &str) -> bool {
+        self.eat(if QUOTED { quoted } else { plain }.as_bytes())
     }
 
-    /// The comma and the field after the one before, as writers write them: no more than a comparison.
+    /// The same for the first key of an object, with its bracket.
     #[inline(always)]
-    fn expected_key(&mut self, members: &mut Members<'de>) -> Option<usize> {
-        let field = members.next;
-        let name = members.fields.get(field)?;
-        let rest = &self.bytes()[self.at..];
-        let rest = if members.first { rest } else { rest.strip_prefix(b",")? };
-        let rest = rest.strip_prefix(Self::QUOTE)?.strip_prefix(name.as_bytes())?;
-        let rest = rest.strip_prefix(Self::QUOTE)?.strip_prefix(b":")?;
-        if members.seen & (1 << field) != 0 {
-            return None;
-        }
-        members.first = false;
-        members.seen |= 1 << field;
-        members.next = field + 1;
-        self.at = self.text.len() - rest.len();
-        Some(field)
+    pub(in crate::directions) fn expect_first(&mut self, plain: &str, quoted: &str) -> bool {
+        let found = self.levels < LEVELS && self.expect(plain, quoted);
+        self.levels += usize::from(found);
+        found
     }
 
-    /// Past a string that is one of `words`, its place among them.
+    /// Past the bracket that closes an object, if it stands here.
     #[inline(always)]
-    pub(super) fn expected_word(&mut self, words: &[&str]) -> Option<u32> {
-        let rest = self.bytes()[self.at..].strip_prefix(Self::QUOTE)?;
-        for (at, word) in (0..).zip(words) {
-            if let Some(rest) =
-                rest.strip_prefix(word.as_bytes()).and_then(|rest| rest.strip_prefix(Self::QUOTE))
-            {
-                self.at = self.text.len() - rest.len();
-                return Some(at);
-            }
-        }
-        None
+    pub(in crate::directions) fn expect_end(&mut self) -> bool {
+        let found = self.eat(b"}");
+        self.levels -= usize::from(found);
+        found
     }
 
-    #[cold]
-    fn twice(&self, key: &str) -> Refusal {
-        Refusal::not_strict(format_args!("duplicate key `{}`", plain(key)))
-    }
-
-    /// Calls `member` for every member of an object, the reader standing before the value.
+    /// Calls `member` for every member of an object, the reader standing before the value; a key that was there before
+    /// is refused.
     pub(in crate::directions) fn members(
         &mut self,
+        expected: &dyn Expected,
         mut member: impl FnMut(Cow<'de, str>, &mut Self) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
         if self.token() != b'{' {
-            return Err(self.unexpected("an object"));
+            return Err(self.unexpected(expected));
         }
-        let mut members = self.open(&[])?;
-        while let Some(key) = self.key(&mut members)? {
-            if let Key::Other(key) = key {
-                member(key, self)?;
+        self.open()?;
+        let mut seen = BTreeSet::new();
+        while self.further(seen.is_empty(), b'}')? {
+            if self.token() != b'"' {
+                return Err(self.broken("expected a key"));
             }
+            let key = self.string()?;
+            if self.token() != b':' {
+                return Err(self.broken("expected a colon"));
+            }
+            self.at += 1;
+            if !seen.insert(key.clone()) {
+                return Err(Refusal::not_strict(format_args!("duplicate key `{}`", plain(&key))));
+            }
+            member(key, self)?;
         }
         Ok(())
     }
@@ -257,7 +208,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     /// A string, its characters or, where only quotes are escaped in it, as it stands.
     pub(in crate::directions) fn text(&mut self) -> Result<Text<'de>, Refusal> {
         if self.token() != b'"' {
-            return Err(self.unexpected("a string"));
+            return Err(self.unexpected(&"a string"));
         }
         let raw = &self.text[self.at + 1..];
         let simple = if QUOTED { None } else { simply_quoted(raw.as_bytes()) };
@@ -342,51 +293,62 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         Ok(unit)
     }
 
-    /// A number; the reader stands before its sign or first digit.
+    /// A natural number of at most [`DIGITS`] digits, if one stands here and the text goes on behind it.
     #[inline(always)]
+    pub(super) fn short_unsigned(&mut self) -> Option<u64> {
+        let number: &[u8; 25] = self.bytes().get(self.at..)?.first_chunk()?;
+        let (count, value) = digits_of(0, number[..24].as_chunks().0);
+        let single = count == 1 || number[0] != b'0';
+        if count == 0 || count > DIGITS || !single || matches!(number[count], b'.' | b'e' | b'E') {
+            return None;
+        }
+        self.at += count;
+        Some(value)
+    }
+
+    /// A number with one digit before its point and fewer than [`DIGITS`] behind it, if one stands here and the text goes on.
+    #[inline(always)]
+    pub(super) fn short_float(&mut self) -> Option<f64> {
+        let rest = self.bytes().get(self.at..)?;
+        let negative = *rest.first()? == b'-';
+        let number: &[u8; 27] = rest.get(usize::from(negative)..)?.first_chunk()?;
+        let whole = number[0].wrapping_sub(b'0');
+        if whole > 9 || number[1] != b'.' {
+            return None;
+        }
+        let (scale, mantissa) = digits_of(u64::from(whole), number[2..26].as_chunks().0);
+        if scale == 0 || scale >= DIGITS || matches!(number[2 + scale], b'e' | b'E') {
+            return None;
+        }
+        self.at += usize::from(negative) + 2 + scale;
+        let value = quotient(mantissa, scale);
+        Some(if negative { -value } else { value })
+    }
+
+    /// A number; the reader stands before its sign or first digit.
     pub(super) fn number(&mut self) -> Result<Number, Refusal> {
         let start = self.at;
         let negative = self.eat(b"-");
-        let (first, mut mantissa, mut scale, mut float) = (self.at, 0, 0, false);
-        self.digits(&mut mantissa)?;
-        let whole = &self.bytes()[first..self.at];
-        if whole.len() > 1 && whole[0] == b'0' {
+        let whole = self.digits()?;
+        if whole > 1 && self.bytes()[self.at - whole] == b'0' {
             return Err(self.broken("a number with a leading zero before"));
         }
-        // Digits of the mantissa: the point is none, nor is a zero before it.
-        let mut digits = if whole == b"0" { 0 } else { whole.len() };
-        if self.eat(b".") {
-            let point = self.at;
-            self.digits(&mut mantissa)?;
-            (scale, float) = (self.at - point, true);
-            digits += scale;
-        }
-        if let Some(b'e' | b'E') = self.bytes().get(self.at) {
-            self.at += 1;
-            let _ = self.eat(b"-") || self.eat(b"+");
-            self.digits(&mut 0)?;
-            return self.exact(start, true);
-        }
-        if digits > DIGITS || !float && negative && mantissa == 0 {
-            return self.exact(start, float);
-        }
+        let mut float = self.eat(b".");
         if float {
-            let value = quotient(mantissa, scale);
-            return Ok(Number::Float(if negative { -value } else { value }));
+            self.digits()?;
         }
-        match (negative, 0i64.checked_sub_unsigned(mantissa)) {
-            (false, _) => Ok(Number::Unsigned(mantissa)),
-            (true, Some(value)) => Ok(Number::Signed(value)),
-            (true, None) => self.exact(start, float),
+        if self.eat(b"e") || self.eat(b"E") {
+            float = true;
+            let _ = self.eat(b"-") || self.eat(b"+");
+            self.digits()?;
         }
-    }
-
-    /// The number that began at `start`, read by the standard library.
-    #[cold]
-    fn exact(&self, start: usize, float: bool) -> Result<Number, Refusal> {
         let text = &self.text[start..self.at];
-        if let (false, Ok(value)) = (float, text.parse()) {
+        if let (false, false, Ok(value)) = (float, negative, text.parse()) {
             return Ok(Number::Unsigned(value));
+        }
+        // Not -0, which only a float is.
+        if let (false, true, Ok(value @ ..0)) = (float, negative, text.parse()) {
+            return Ok(Number::Signed(value));
         }
         match text.parse::<f64>() {
             Ok(value) if value.is_finite() => Ok(Number::Float(value)),
@@ -394,36 +356,28 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         }
     }
 
-    /// Digits, at least one, appended to `value`, which wraps where they are too many.
-    ///
-    /// Where the next token stands must not wait for a count: steps of one and of eight are guessed ahead of it.
-    #[inline(always)]
-    fn digits(&mut self, value: &mut u64) -> Result<(), Refusal> {
-        let (start, bytes) = (self.at, self.bytes());
-        if let [first @ b'0'..=b'9', next, ..] = &bytes[start..]
-            && !next.is_ascii_digit()
-        {
-            *value = value.wrapping_mul(10).wrapping_add(u64::from(first - b'0'));
-            self.at += 1;
-            return Ok(());
-        }
-        loop {
-            let rest = &bytes[self.at..];
-            let mut eight = [0; 8];
-            match rest.first_chunk() {
-                Some(chunk) => eight = *chunk,
-                None => eight[..rest.len()].copy_from_slice(rest),
-            }
-            let (count, digits) = leading_digits(eight);
-            *value = value.wrapping_mul(TENS[count]).wrapping_add(digits);
-            if count < 8 {
-                self.at += count;
-                break;
-            }
-            self.at += 8;
-        }
-        if self.at == start { Err(self.broken("expected a digit")) } else { Ok(()) }
+    /// Past digits, at least one; how many.
+    fn digits(&mut self) -> Result<usize, Refusal> {
+        let count = self.bytes()[self.at..].iter().take_while(|b| b.is_ascii_digit()).count();
+        self.at += count;
+        if count == 0 { Err(self.broken("expected a digit")) } else { Ok(count) }
     }
+}
+
+/// How many digits stand in front, and the number that they make when they are appended to `value`, which wraps where they
+/// are too many.
+#[inline(always)]
+fn digits_of(mut value: u64, parts: &[[u8; 8]]) -> (usize, u64) {
+    let mut all = 0;
+    for part in parts {
+        let (count, digits) = leading_digits(*part);
+        value = value.wrapping_mul(TENS[count]).wrapping_add(digits);
+        all += count;
+        if count < 8 {
+            break;
+        }
+    }
+    (all, value)
 }
 
 /// How many digits stand in front, and their value, all together in one register: the count differs from number to

@@ -1,7 +1,8 @@
 //! The reader against `serde_json` with the rules put on top: the same values, the same refusals.
 
+use super::reader::Number;
 use super::*;
-use crate::directions::schema::{Cell, Manifest, Positions};
+use crate::directions::schema::*;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
@@ -16,17 +17,63 @@ fn oracle(text: &str) -> Result<Value, String> {
     value.and_then(|value| reader.end().map(|()| value)).map_err(|e| e.to_string())
 }
 
+/// Any JSON value.
+#[derive(Clone, Debug, PartialEq)]
+struct Any(Value);
+
+impl<'de> Read<'de> for Any {
+    fn read<const QUOTED: bool>(reader: &mut Reader<'de, QUOTED>) -> Result<Any, Refusal> {
+        reader.any().map(Any)
+    }
+}
+
+impl<const QUOTED: bool> Reader<'_, QUOTED> {
+    fn any(&mut self) -> Result<Value, Refusal> {
+        let null = Value::Null;
+        Ok(match self.token() {
+            b'{' => {
+                let mut object = Map::new();
+                self.members(&"an object", |key, reader| {
+                    object.insert(key.into_owned(), reader.any()?);
+                    Ok(())
+                })?;
+                Value::Object(object)
+            }
+            b'[' => Value::Array(Vec::<Any>::read(self)?.into_iter().map(|any| any.0).collect()),
+            b'"' => String::read(self)?.into(),
+            b't' => self.word("true").map(|()| true.into())?,
+            b'f' => self.word("false").map(|()| false.into())?,
+            b'n' => self.word("null").map(|()| null)?,
+            // As a number, and then by the type that it has.
+            _ => {
+                let mut again = *self;
+                let number = self.number()?;
+                let value = match number {
+                    Number::Unsigned(value) => (u64::read(&mut again)? == value).then(|| value.into()),
+                    Number::Signed(value) => (f64::read(&mut again)? == value as f64).then(|| value.into()),
+                    Number::Float(value) => {
+                        (f64::read(&mut again)?.to_bits() == value.to_bits()).then(|| value.into())
+                    }
+                };
+                assert_eq!(again, *self, "read in two ways, it ends in two places");
+                value.expect("read in two ways, it is the same")
+            }
+        })
+    }
+}
+
 /// What the reader makes of it.
 fn ours(text: &str) -> Result<Value, Refusal> {
-    read(text, |reader| Value::deserialize(reader))
+    read(text, Any::read).map(|any| any.0)
 }
 
 /// The same of the text inside a JSON string.
 fn ours_quoted(text: &str) -> Result<Value, Refusal> {
     let outer = format!("{{\"m\":{}}}", serde_json::to_string(text).unwrap());
     let mut found = Err(Refusal::shape("nothing there"));
-    read(&outer, |reader| reader.members(|_, reader| reader.text().map(|text| found = text.read()))).unwrap();
-    found
+    read(&outer, |reader| reader.members(&"m", |_, reader| reader.text().map(|text| found = text.read())))
+        .unwrap();
+    found.map(|any: Any| any.0)
 }
 
 /// Any JSON value inside `levels` others; reading it fails on a repeated key and on too many levels.
@@ -125,10 +172,11 @@ fn only_trailing_spaces_surround_the_object() {
 
 #[test]
 fn structs_are_objects_and_words_are_text() {
-    #[derive(Debug, Deserialize)]
+    #[derive(Debug)]
     struct Outer {
         cell: Cell,
     }
+    object!(skip Outer { cell });
     let cell = |text: &str| Text::from(text).read().map(|outer: Outer| outer.cell);
     let found = cell(r#"{"cell":{"later":[1],"positions":"all","layer":3,"alpha":2}}"#).unwrap();
     assert_eq!(found, Cell { layer: 3, alpha: 2.0, positions: Positions::All });
@@ -167,12 +215,16 @@ fn values_are_those_of_another_reader() {
     assert_eq!(floats(&ours(EVERYTHING).unwrap()), floats(&expected));
     // Shortest decimals of random bits, and the same with digits cut or added.
     let (mut state, mut read) = (1u64, 0);
-    while read < 20_000 {
+    while read < 40_000 {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         let shift = (state >> 59) as u32;
         let value = if state & 4 == 0 { f64::from_bits(state) } else { (state >> shift) as f64 / 1e17 };
-        let digits = format!("{{\"x\":{value:.*e}}}", (state >> 32) as usize % 22);
-        for text in [format!("{{\"x\":{value:?}}}"), format!("{{\"x\":{value}}}"), digits] {
+        let count = (state >> 32) as usize % 22;
+        let fixed = format!("{}.{:0count$}", state >> 61, state % 10u64.pow(count.min(19) as u32));
+        // With text behind it a number is read in another way than at the end.
+        for digits in [format!("{value:?}"), format!("{value}"), format!("{value:.count$e}"), fixed] {
+            let spaces = if state & 8 == 0 { 0 } else { 30 };
+            let text = format!("{{\"x\":{digits}}}{:spaces$}", "");
             let (found, expected) = (ours(&text), oracle(&text));
             if let Ok(expected) = &expected {
                 let bits = |v: &Value| v["x"].as_f64().map(f64::to_bits);
@@ -182,6 +234,28 @@ fn values_are_those_of_another_reader() {
             assert_eq!(found.is_ok(), expected.is_ok(), "{text}");
         }
     }
+}
+
+#[test]
+fn words_are_those_of_another_reader() {
+    fn check<T: for<'t> Read<'t> + serde::de::DeserializeOwned + PartialEq + fmt::Debug>(words: &[&str]) {
+        for word in words {
+            let text = format!("{{\"word\":\"{word}\"}}");
+            let found = read(&text, |reader| {
+                let mut found = None;
+                reader.members(&"a word", |_, reader| T::read(reader).map(|word| found = Some(word)))?;
+                Ok(found)
+            });
+            assert_eq!(found.unwrap(), serde_json::from_value(Value::from(*word)).ok(), "{word}");
+        }
+    }
+    check::<Site>(&["resid_post", "final_norm"]);
+    check::<Pooling>(&["last_prompt", "mean_response", "all", "unstated"]);
+    check::<Estimator>(&["mean_difference", "masked_mean_difference", "whitened", "logistic", "unstated"]);
+    check::<Contrast>(&["adapter_minus_base", "insecure_minus_secure", "response_labels", "unstated"]);
+    check::<Aggregation>(&["mean", "max", "last"]);
+    check::<Specificity>(&["untested", "nonspecific", "specific"]);
+    check::<Positions>(&["final_prefill", "generated", "all"]);
 }
 
 #[test]
@@ -218,8 +292,10 @@ fn damaged_texts_are_refused_as_by_another_reader() {
             let quoted = serde_json::to_string(&damaged).unwrap();
             let outer = format!("{{\"m\":{quoted}}}");
             let mut inner = None;
-            read(&outer, |r| r.members(|_, r| r.text().map(|text| inner = text.read::<Manifest>().ok())))
-                .unwrap();
+            read(&outer, |r| {
+                r.members(&"m", |_, r| r.text().map(|text| inner = text.read::<Manifest>().ok()))
+            })
+            .unwrap();
             assert_eq!(manifest, inner);
             if manifest.is_some() {
                 assert_eq!(manifest, serde_json::from_value(expected.unwrap()).ok());
