@@ -297,7 +297,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     #[inline(always)]
     pub(super) fn short_unsigned(&mut self) -> Option<u64> {
         let number: &[u8; 25] = self.bytes().get(self.at..)?.first_chunk()?;
-        let (count, value) = digits_of(0, number[..24].as_chunks().0);
+        let (count, value) = digits_of(0, number.as_chunks().0.as_array()?);
         let single = count == 1 || number[0] != b'0';
         if count == 0 || count > DIGITS || !single || matches!(number[count], b'.' | b'e' | b'E') {
             return None;
@@ -316,7 +316,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
         if whole > 9 || number[1] != b'.' {
             return None;
         }
-        let (scale, mantissa) = digits_of(u64::from(whole), number[2..26].as_chunks().0);
+        let (scale, mantissa) = digits_of(u64::from(whole), number[2..].as_chunks().0.as_array()?);
         if scale == 0 || scale >= DIGITS || matches!(number[2 + scale], b'e' | b'E') {
             return None;
         }
@@ -367,7 +367,7 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
 /// How many digits stand in front, and the number that they make when they are appended to `value`, which wraps where they
 /// are too many.
 #[inline(always)]
-fn digits_of(mut value: u64, parts: &[[u8; 8]]) -> (usize, u64) {
+fn digits_of(mut value: u64, parts: &[[u8; 8]; 3]) -> (usize, u64) {
     let mut all = 0;
     for part in parts {
         let (count, digits) = leading_digits(*part);
@@ -388,37 +388,50 @@ fn leading_digits(bytes: [u8; 8]) -> (usize, u64) {
     // A digit is 0x30 to 0x39: what is left of it is below 10, what is left of anything else is not.
     let ones = u64::from_le_bytes(bytes) ^ (0x30 * EACH);
     let others = (((ones & (0x7f * EACH)) + (0x80 - 10) * EACH) | ones) & (0x80 * EACH);
-    let count = others.trailing_zeros() / 8;
-    let ones = ones.checked_shl(64 - 8 * count).unwrap_or(0);
+    if others == 0 {
+        return (8, eight_digits(ones));
+    }
+    let bits = others.trailing_zeros() & !7;
+    ((bits / 8) as usize, eight_digits(ones << 8 << (56 - bits)))
+}
+
+/// The value of eight digits, the first one in the lowest byte.
+#[inline(always)]
+fn eight_digits(ones: u64) -> u64 {
     let pairs = (ones.wrapping_mul(10 << 8 | 1) >> 8) & 0x00ff_00ff_00ff_00ff;
     let fours = (pairs.wrapping_mul(100 << 16 | 1) >> 16) & 0x0000_ffff_0000_ffff;
-    (count as usize, fours.wrapping_mul(10_000 << 32 | 1) >> 32)
+    fours.wrapping_mul(10_000 << 32 | 1) >> 32
 }
 
 /// The binary64 nearest to `mantissa / 10^scale`, for a scale up to [`DIGITS`].
+#[inline(always)]
 fn quotient(mantissa: u64, scale: usize) -> f64 {
-    let ten = TENS[scale];
     // Both are exact in binary64, so the one rounding of their division is the right one.
     if mantissa <= 1 << 53 {
-        return mantissa as f64 / ten as f64;
+        return mantissa as i64 as f64 / TENS[scale] as i64 as f64;
     }
-    let (up, ten_up) = (mantissa.leading_zeros(), ten.leading_zeros());
-    let dividend = mantissa << up;
-    let exponent = 1023 - 63 + i64::from(ten_up) - i64::from(up);
+    let up = mantissa.leading_zeros();
+    let dividend = u128::from(mantissa << up);
+    let exponent = 1023 - 63 + i64::from(TENS[scale].leading_zeros()) - i64::from(up);
     let power = f64::from_bits((exponent as u64) << 52);
-    // The quotient, between 2^62 and 2^64, is from this to less than two more: a division is needed only where the
-    // nearest binary64 differs between the two.
-    let low = ((u128::from(dividend) * u128::from(RECIPROCALS[scale])) >> 64) as u64;
-    let (nearest, other) = (low as f64, low.saturating_add(2) as f64);
-    if nearest == other {
-        return nearest * power;
+    // The quotient, between 2^62 and 2^64, is from this to less than two more. A binary64 drops its last ten bits or
+    // eleven: a division is needed only where it may lie near the middle between two of them.
+    let low = ((dividend * u128::from(RECIPROCALS[scale])) >> 64) as u64;
+    if low.wrapping_add(2) & 0x1ff > 2 {
+        return low as f64 * power;
     }
-    let (dividend, divisor) = (u128::from(dividend) << 63, u128::from(ten << ten_up));
+    divided(dividend << 63, TENS[scale]) * power
+}
+
+/// The binary64 nearest to `dividend / divisor`, the divisor shifted up to its highest bit. Between 2^62 and 2^64.
+#[cold]
+fn divided(dividend: u128, divisor: u64) -> f64 {
+    let divisor = u128::from(divisor << divisor.leading_zeros());
+    let quotient = dividend / divisor;
     // Whatever is below its last bit makes that bit 1, so that the conversion rounds as the whole quotient would be
     // rounded.
-    let quotient = dividend / divisor;
     let rest = u64::from(dividend != quotient * divisor);
-    (quotient as u64 | rest) as f64 * power
+    (quotient as u64 | rest) as f64
 }
 
 /// Length of the string that begins here, behind its quote, where every backslash in it stands before a quote and

@@ -236,6 +236,23 @@ fn values_are_those_of_another_reader() {
     }
 }
 
+/// As close to the middle between two neighbours as 19 digits get, where the quotient's last bits decide.
+#[test]
+fn decimals_beside_a_middle_are_rounded_as_by_the_standard_library() {
+    let mut state = 3u64;
+    for _ in 0..20_000 {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        let (odd, bits) = ((state >> 10) | 1 << 53 | 1, 50 + state % 4);
+        let middle = ((u128::from(odd) * 10u128.pow(18)) >> bits) as u64;
+        for digits in [middle - 1, middle, middle + 1] {
+            let (whole, rest) = (digits / 10u64.pow(18), digits % 10u64.pow(18));
+            let text = format!("{whole}.{rest:018}{:30}", "");
+            let expected: f64 = text.trim_end().parse().unwrap();
+            assert_eq!(f64::read(&mut Reader::<false>::new(&text)).unwrap(), expected, "{text}");
+        }
+    }
+}
+
 #[test]
 fn words_are_those_of_another_reader() {
     fn check<T: for<'t> Read<'t> + serde::de::DeserializeOwned + PartialEq + fmt::Debug>(words: &[&str]) {
