@@ -151,6 +151,8 @@ fn rows_edited_at_once_have_the_bits_of_each_alone() {
                 }
                 for c in [
                     [0.37, -2.5, 1.0, -1.0],
+                    [0.37; 4],
+                    [2f32.powi(-120); 4],
                     [2f32.powi(-85), -2f32.powi(-83), 0.37, 1.0],
                     [2f32.powi(-120), 1.0, 1.0, 1.0],
                     [1e-37, 1e-38, -1e-38, 1e-39],

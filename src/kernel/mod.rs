@@ -2,6 +2,7 @@
 
 pub mod cuda;
 mod dispatch;
+mod edit;
 mod generic;
 mod many;
 mod portable;

@@ -1,7 +1,8 @@
 //! The portable vector: an array, which the compiler vectorises with what every CPU of the target has.
 
 use super::dispatch::{KernelKind, Ops, Table};
-use super::generic::{Ahead, GROUP, Memory, Vector, edit, edit_peak, reduce};
+use super::edit::edit;
+use super::generic::{Ahead, GROUP, Memory, Vector, edit_peak, reduce};
 use super::many::{dots, dots_of_row};
 use crate::activations::Element;
 use half::slice::HalfFloatSliceExt;
@@ -129,10 +130,19 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self {
+    unsafe fn subtract(self, other: Self) -> Self {
         let mut out = self.0;
         for i in 0..8 {
-            out[i] -= factor.0[i] * other.0[i];
+            out[i] -= other.0[i];
+        }
+        Portable(out)
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(self, other: Self) -> Self {
+        let mut out = self.0;
+        for i in 0..8 {
+            out[i] *= other.0[i];
         }
         Portable(out)
     }

@@ -1,6 +1,7 @@
 //! AVX2 + FMA + F16C and AVX-512: registers for the generic algorithm, and thin wrappers that switch them on.
 
 use super::dispatch::{KernelKind, Ops, Table};
+use super::edit;
 use super::generic::{self, Ahead, GROUP, Memory, Vector};
 use super::many;
 use crate::activations::Element;
@@ -154,7 +155,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit::<$vector, T>(row, direction, c) }
+                unsafe { edit::edit::<$vector, T>(row, direction, c) }
             }
 
             /// # Safety
@@ -169,7 +170,7 @@ macro_rules! kernel {
                 $vector: Memory<T>,
             {
                 // SAFETY: passed on to the caller.
-                unsafe { generic::edit_group::<$vector, T, false>(rows, direction, c, ahead) }
+                unsafe { edit::edit_group::<$vector, T, false>(rows, direction, c, ahead) }
             }
         }
     };
@@ -197,7 +198,7 @@ unsafe fn edit_normal_group(
     ahead: [Ahead; GROUP],
 ) {
     // SAFETY: passed on to the caller.
-    unsafe { generic::edit_group::<Zmm, bf16, true>(rows, direction, c, ahead) }
+    unsafe { edit::edit_group::<Zmm, bf16, true>(rows, direction, c, ahead) }
 }
 
 /// Lane 0 takes lane 2 and lane 1 takes lane 3; then lane 0 takes lane 1.
@@ -255,8 +256,13 @@ impl Vector for Ymm {
     }
 
     #[inline(always)]
-    unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self {
-        unsafe { Ymm(_mm256_sub_ps(self.0, _mm256_mul_ps(factor.0, other.0))) }
+    unsafe fn subtract(self, other: Self) -> Self {
+        unsafe { Ymm(_mm256_sub_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(self, other: Self) -> Self {
+        unsafe { Ymm(_mm256_mul_ps(self.0, other.0)) }
     }
 
     #[inline(always)]
@@ -363,8 +369,13 @@ impl Vector for Zmm {
     }
 
     #[inline(always)]
-    unsafe fn subtract_scaled(self, factor: Self, other: Self) -> Self {
-        unsafe { Zmm(_mm512_sub_ps(self.0, _mm512_mul_ps(factor.0, other.0))) }
+    unsafe fn subtract(self, other: Self) -> Self {
+        unsafe { Zmm(_mm512_sub_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(self, other: Self) -> Self {
+        unsafe { Zmm(_mm512_mul_ps(self.0, other.0)) }
     }
 
     #[inline(always)]
