@@ -7,6 +7,7 @@ use crate::kernel::cuda::launch::Edit;
 use crate::kernel::{Kernel, Scored};
 use crate::probe::{Probe, Projection, RowStatus, ScoreUnit, check_length};
 use half::{bf16, f16};
+use std::ops::Range;
 
 mod landing;
 pub use landing::LandingReport;
@@ -128,7 +129,7 @@ impl Decision {
 }
 
 /// A norm squared within this range lost nothing to overflow or underflow in f32.
-const SAFE_SQUARES: std::ops::Range<f32> = 1e-30..1e30;
+const SAFE_SQUARES: Range<f32> = 1e-30..1e30;
 
 impl Steering {
     /// Binds a probe and options.
@@ -271,7 +272,7 @@ impl Steering {
         mut status: Option<&mut [RowStatus]>,
     ) -> SteerReport {
         let mut report = SteerReport { rows: rows.rows(), ..SteerReport::default() };
-        let blind = self.blind && scores.is_none();
+        let (count, blind) = (rows.rows(), self.blind && scores.is_none());
         let mut decide = |i: usize, row: &[T], dot: f32, squares: Option<f32>| {
             let strength = strengths.map_or(1.0, |s| s[i]);
             let decision = match squares {
@@ -297,22 +298,33 @@ impl Steering {
         if self.options.gate.is_some() {
             self.gated::<T>(rows, &mut decide);
         } else {
-            self.grouped::<T>(rows, blind, &mut decide);
+            self.grouped::<T>(rows, 0..count, blind, &mut decide);
         }
         report
     }
 
-    /// Behind a gate most rows are only scored, and as fast as a probe does it. `decide` says how much of the vector to
-    /// take off a row, from its dot product.
+    /// Behind a gate most rows are only scored, and as fast as a probe does it; where it let most of the last ones through,
+    /// they are taken as without a gate. `decide` says how much of the vector to take off a row, from its dot product.
     fn gated<T: Scored>(
         &self,
         rows: &mut RowsMut<'_>,
         decide: &mut impl FnMut(usize, &[T], f32, Option<f32>) -> f32,
     ) {
-        let mut dots = [0.0; SCORED_AHEAD];
+        let (mut dots, mut open) = ([0.0; SCORED_AHEAD], 0);
         for first in (0..rows.rows()).step_by(SCORED_AHEAD) {
-            let dots = &mut dots[..SCORED_AHEAD.min(rows.rows() - first)];
-            self.probe.dots::<T>(&rows.as_rows().part(first, dots.len()), dots);
+            let count = SCORED_AHEAD.min(rows.rows() - first);
+            let mostly_open = 2 * std::mem::take(&mut open) > SCORED_AHEAD;
+            let mut decide = |i: usize, row: &[T], dot: f32, squares: Option<f32>| {
+                let c = decide(i, row, dot, squares);
+                open += usize::from(c != 0.0);
+                c
+            };
+            if mostly_open {
+                self.grouped::<T>(rows, first..first + count, false, &mut decide);
+                continue;
+            }
+            let dots = &mut dots[..count];
+            self.probe.dots::<T>(&rows.as_rows().part(first, count), dots);
             for (i, dot) in (first..).zip(dots) {
                 let c = decide(i, rows.as_rows().row(i), *dot, None);
                 self.edit::<T>(rows, i, c);
@@ -320,20 +332,21 @@ impl Steering {
         }
     }
 
-    /// All rows, some at a time: measured side by side, then edited while they are still in the second cache;
+    /// Rows of a range, some at a time: measured side by side, then edited while they are still in the second cache;
     /// meanwhile the rows to come are fetched into it, the first halves and then the second. `decide` as above, from
     /// the dot product, where it is not `blind`, and the sum of squares.
     fn grouped<T: Scored>(
         &self,
         rows: &mut RowsMut<'_>,
+        range: Range<usize>,
         blind: bool,
         decide: &mut impl FnMut(usize, &[T], f32, Option<f32>) -> f32,
     ) {
         const GROUP: usize = Kernel::GROUP;
         let (count, kernel, unit) = (rows.rows(), &self.kernel, self.probe.unit_direction());
         let ahead = GROUP * (AHEAD / (GROUP * rows.cols() * size_of::<T>()).max(1)).max(1);
-        let whole = count - count % GROUP;
-        for first in (0..whole).step_by(GROUP) {
+        let whole = range.end - range.len() % GROUP;
+        for first in (range.start..whole).step_by(GROUP) {
             let view = rows.as_rows();
             let row = |i: usize| if i < count { view.row::<T>(i) } else { &[] };
             let (now, next) =
@@ -350,7 +363,7 @@ impl Steering {
                 (first..).zip(c).for_each(|(i, c)| self.edit::<T>(rows, i, c));
             }
         }
-        for i in whole..count {
+        for i in whole..range.end {
             let view = rows.as_rows();
             let row = view.row::<T>(i);
             let dot = if blind { 0.0 } else { kernel.dot(row, unit) };

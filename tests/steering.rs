@@ -291,6 +291,58 @@ fn a_closed_gate_leaves_rows_alone() {
 }
 
 #[test]
+fn rows_behind_a_gate_are_edited_as_each_alone() {
+    fn body<T: Scored>(kind: KernelKind) {
+        // Rows enough for several turns, of which the first, the third and the fourth let most through, and the last few.
+        let rows = 5 * 256 + 7;
+        let shift = |i: usize| [2.0f32, -2.0, 2.0, 2.0, 0.0, 2.0][i / 256];
+        let probe = probe(kind);
+        let before: Vec<T> = normal(rows * WIDTH, 11, 3.0)
+            .into_iter()
+            .enumerate()
+            .map(|(at, h)| match (at / WIDTH, at % WIDTH) {
+                // Not finite, in turns that are taken each way.
+                (200 | 300 | 700, 17) => f32::NAN,
+                (row, column) => h + shift(row) * probe.unit_direction()[column],
+            })
+            .map(T::from_f32)
+            .collect();
+        let strengths: Vec<f32> = (0..rows).map(|i| [1.0, 0.5, 0.0, 1.0, 1.0, 1.0, 1.0][i / 9 % 7]).collect();
+        let mut groups = 0;
+        for operation in [Operation::Subtract { alpha: 1.0 }, Operation::Clamp { ceiling: 0.5 }] {
+            for dose_limit in [None, Some(0.04)] {
+                let gated = SteeringOptions { gate: Some(0.25), dose_limit, ..options(operation) };
+                let steering = Steering::new(&probe, gated).unwrap();
+                let (mut after, mut alone) = (before.clone(), before.clone());
+                let (mut scores, mut status) = (vec![0.0; rows], vec![RowStatus::Ok; rows]);
+                let mut view = RowsMut::new(&mut after, rows, WIDTH, WIDTH).unwrap();
+                let (unit, each) = (ScoreUnit::AlignedSd, Some(&strengths[..]));
+                let result = steering.score_and_apply(&mut view, unit, &mut scores, each, Some(&mut status));
+                assert!(matches!(result, Err(Error::NonFinite { rows: 3 })));
+                let mut touched = [0; 6];
+                for (i, row) in alone.chunks_exact_mut(WIDTH).enumerate() {
+                    let (mut score, mut found) = ([0.0], [RowStatus::Ok]);
+                    let was = bits(row);
+                    let mut view = RowsMut::new(row, 1, WIDTH, WIDTH).unwrap();
+                    let each = Some(&strengths[i..][..1]);
+                    let _ = steering.score_and_apply(&mut view, unit, &mut score, each, Some(&mut found));
+                    assert_eq!(
+                        (score[0].to_bits(), found[0]),
+                        (scores[i].to_bits(), status[i]),
+                        "{kind} {i}"
+                    );
+                    touched[i / 256] += usize::from(bits(row) != was);
+                }
+                assert_eq!(bits(&after), bits(&alone), "{kind}");
+                groups += usize::from(touched[0] > 128 && touched[1] < 128 && touched[2] > 128);
+            }
+        }
+        assert!(groups > 0, "rows were taken only one way");
+    }
+    for_every_dtype_and_kernel!(body);
+}
+
+#[test]
 fn the_dose_limit_holds() {
     fn body<T: Scored>(kind: KernelKind) {
         for operation in [Operation::Subtract { alpha: -3.0 }, Operation::ProjectOut { alpha: 1.0 }] {
