@@ -7,7 +7,7 @@ use std::ops::Range;
 /// `row_i <- round(row_i - c * direction_i)`.
 ///
 /// # Safety
-/// As for [`reduce`].
+/// As for [`super::generic::reduce`].
 #[inline(always)]
 pub(super) unsafe fn edit<V, T>(row: &mut [T], direction: &[f32], c: f32)
 where
@@ -36,7 +36,7 @@ where
 /// [`edit`] of some rows, each with its `c`. With `NORMAL` every difference is 0 or a normal f32.
 ///
 /// # Safety
-/// As for [`reduce`], for all rows.
+/// As for [`super::generic::reduce`], for all rows.
 #[inline(always)]
 pub(super) unsafe fn edit_group<V, T, const NORMAL: bool>(
     rows: [&mut [T]; GROUP],

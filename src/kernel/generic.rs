@@ -14,7 +14,7 @@ pub(super) const GROUP: usize = 4;
 const MAX_LANES: usize = 16;
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// A register of f32 lanes.
 ///

@@ -1,6 +1,6 @@
 //! Many rows, many directions: which of them share a load, in which order memory is read.
 
-use super::generic::{Fetch, Memory, UNROLL, load_part, reduce, tile, total};
+use super::generic::{Fetch, LINE, Memory, UNROLL, load_part, reduce, tile, total};
 use crate::activations::Element;
 use std::ops::Range;
 
@@ -11,9 +11,9 @@ pub(super) const SIDE_BY_SIDE: usize = 6;
 /// they fill 32 registers.
 pub(super) const ROWS: usize = 6;
 /// Directions whose sums are kept at once, and the columns in which they are made: many, for loading and storing the
-/// accumulators takes its time at each turn, yet so few that the rows' part of a block stays near.
+/// accumulators takes its time at each turn, yet so few that what one accumulator takes of them stays near.
 const DIRECTIONS: usize = 8;
-const BLOCK: usize = 4096;
+const BLOCK: usize = 2048;
 /// Bytes that stay in the first cache, with room for what else is in use.
 const NEAR: usize = 24 << 10;
 
@@ -85,8 +85,8 @@ where
     }
 }
 
-/// [`ROWS`] rows with every direction, block by block of columns: each time over a block adds to one accumulator of every
-/// pair, so that a load serves four or six products.
+/// [`ROWS`] rows with every direction, block by block of columns: each time over a block adds to one accumulator of some
+/// pairs, so that a load serves three products or more.
 ///
 /// # Safety
 /// As for [`dots`].
@@ -111,26 +111,37 @@ where
         }
         // SAFETY: `d` stays within `some`, blocks within `width`.
         unsafe {
-            let mut sums = [[[V::splat(0.0); UNROLL]; ROWS]; DIRECTIONS];
+            let mut sums = [[[V::splat(0.0); ROWS]; DIRECTIONS]; UNROLL];
             let mut from = 0;
             while from < width {
                 let columns = from..width.min(from + BLOCK);
                 let mut later = Later { rows: if first == 0 { next } else { &[] }, part: 0, shift };
-                let mut d = 0;
-                while d + 4 <= some {
-                    let u = [u[d], u[d + 1], u[d + 2], u[d + 3]];
-                    block::<V, T, 4>(h, u, columns.clone(), &mut sums[d..], &mut later);
-                    d += 4;
-                }
-                while d < some {
-                    block::<V, T, 1>(h, [u[d]], columns.clone(), &mut sums[d..], &mut later);
-                    d += 1;
+                // What one accumulator of every pair takes stays in the first cache from one tile to the next.
+                for k in 0..UNROLL {
+                    let (columns, sums, mut d) = (columns.clone(), &mut sums[k], 0);
+                    // Where an element is converted it serves all eight.
+                    if size_of::<T>() < size_of::<f32>() && some == DIRECTIONS {
+                        for r in [0, 3] {
+                            let h = [h[r], h[r + 1], h[r + 2]];
+                            block::<V, T, 3, 8>(h, r, u, columns.clone(), k, sums, &mut later);
+                        }
+                        d = some;
+                    }
+                    while d + 4 <= some {
+                        let u = [u[d], u[d + 1], u[d + 2], u[d + 3]];
+                        block::<V, T, ROWS, 4>(h, 0, u, columns.clone(), k, &mut sums[d..], &mut later);
+                        d += 4;
+                    }
+                    while d < some {
+                        block::<V, T, ROWS, 1>(h, 0, [u[d]], columns.clone(), k, &mut sums[d..], &mut later);
+                        d += 1;
+                    }
                 }
                 from = columns.end;
             }
             for r in 0..ROWS {
                 for d in 0..some {
-                    out[r * count + first + d] = total(sums[d][r]);
+                    out[r * count + first + d] = total([0, 1, 2, 3].map(|k| sums[k][d][r]));
                 }
             }
         }
@@ -160,7 +171,7 @@ impl<T> Later<'_, T> {
     }
 }
 
-/// One block of columns of [`ROWS`] rows with `D` directions, added to their accumulators, each chunk to its own.
+/// Of a block of columns every chunk that accumulator `k` takes: of `R` rows, the `first` and so on, with `D` directions.
 ///
 /// # Safety
 /// - The CPU has the instructions of `V`.
@@ -170,52 +181,69 @@ impl<T> Later<'_, T> {
     clippy::needless_range_loop,
     reason = "closures would be compiled without the wrapper's instructions"
 )]
-unsafe fn block<V, T, const D: usize>(
-    rows: [*const T; ROWS],
+unsafe fn block<V, T, const R: usize, const D: usize>(
+    rows: [*const T; R],
+    first: usize,
     directions: [*const f32; D],
     columns: Range<usize>,
-    sums: &mut [[[V; UNROLL]; ROWS]],
+    k: usize,
+    sums: &mut [[V; ROWS]],
     later: &mut Later<'_, T>,
 ) where
     V: Memory<T> + Memory<f32>,
     T: Element,
 {
-    assert!(sums.len() >= D);
+    assert!(sums.len() >= D && first + R <= ROWS);
     // SAFETY: `at + count <= columns.end` at every access.
     unsafe {
-        for k in 0..UNROLL {
-            let ahead = later.next_part(&columns);
-            let mut own = [[V::splat(0.0); ROWS]; D];
-            let mut y = [V::splat(0.0); D];
-            for d in 0..D {
+        let ahead = later.next_part(&columns);
+        let step = (UNROLL * V::LANES * size_of::<T>()) >> later.shift;
+        let mut own = [[V::splat(0.0); R]; D];
+        let (mut x, mut y) = ([V::splat(0.0); R], [V::splat(0.0); D]);
+        for d in 0..D {
+            for r in 0..R {
+                own[d][r] = sums[d][first + r];
+            }
+        }
+        let mut at = columns.start + k * V::LANES;
+        while at < columns.end {
+            let count = V::LANES.min(columns.end - at);
+            let fetched = ((at - columns.start) * size_of::<T>()) >> later.shift;
+            // Each line once: to ask again for what is on its way takes its time, too.
+            if let Some(ahead) = ahead
+                && fetched % LINE < step
+            {
                 for r in 0..ROWS {
-                    own[d][r] = sums[d][r][k];
+                    V::prefetch_later(ahead[r].wrapping_add(fetched));
                 }
             }
-            let mut at = columns.start + k * V::LANES;
-            while at < columns.end {
-                let count = V::LANES.min(columns.end - at);
-                let fetched = ((at - columns.start) * size_of::<T>()) >> later.shift;
-                if let Some(ahead) = ahead {
-                    for r in 0..ROWS {
-                        V::prefetch_later(ahead[r].wrapping_add(fetched));
+            // What there is less of stays in registers.
+            if D > R {
+                for r in 0..R {
+                    x[r] = load_part::<V, T>(rows[r].add(at), count);
+                }
+                for d in 0..D {
+                    let y = load_part::<V, f32>(directions[d].add(at), count);
+                    for r in 0..R {
+                        own[d][r] = x[r].multiply_add(y, own[d][r]);
                     }
                 }
+            } else {
                 for d in 0..D {
                     y[d] = load_part::<V, f32>(directions[d].add(at), count);
                 }
-                for r in 0..ROWS {
+                for r in 0..R {
                     let x = load_part::<V, T>(rows[r].add(at), count);
                     for d in 0..D {
                         own[d][r] = x.multiply_add(y[d], own[d][r]);
                     }
                 }
-                at += UNROLL * V::LANES;
             }
-            for d in 0..D {
-                for r in 0..ROWS {
-                    sums[d][r][k] = own[d][r];
-                }
+            at += UNROLL * V::LANES;
+        }
+        for d in 0..D {
+            for r in 0..R {
+                sums[d][first + r] = own[d][r];
             }
         }
     }
