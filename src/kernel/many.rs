@@ -197,53 +197,79 @@ unsafe fn block<V, T, const R: usize, const D: usize>(
     // SAFETY: `at + count <= columns.end` at every access.
     unsafe {
         let ahead = later.next_part(&columns);
-        let step = (UNROLL * V::LANES * size_of::<T>()) >> later.shift;
         let mut own = [[V::splat(0.0); R]; D];
-        let (mut x, mut y) = ([V::splat(0.0); R], [V::splat(0.0); D]);
         for d in 0..D {
             for r in 0..R {
                 own[d][r] = sums[d][first + r];
             }
         }
+        // Columns from one chunk to the next, and from one line that is fetched to the next.
+        let stride = UNROLL * V::LANES;
+        let line = ((LINE << later.shift) / size_of::<T>()).max(stride);
         let mut at = columns.start + k * V::LANES;
-        while at < columns.end {
-            let count = V::LANES.min(columns.end - at);
-            let fetched = ((at - columns.start) * size_of::<T>()) >> later.shift;
-            // Each line once: to ask again for what is on its way takes its time, too.
-            if let Some(ahead) = ahead
-                && fetched % LINE < step
-            {
+        let mut turn = columns.start;
+        while turn < columns.end {
+            if let Some(ahead) = ahead {
                 for r in 0..ROWS {
+                    let fetched = ((turn - columns.start) * size_of::<T>()) >> later.shift;
                     V::prefetch_later(ahead[r].wrapping_add(fetched));
                 }
             }
-            // What there is less of stays in registers.
-            if D > R {
-                for r in 0..R {
-                    x[r] = load_part::<V, T>(rows[r].add(at), count);
-                }
-                for d in 0..D {
-                    let y = load_part::<V, f32>(directions[d].add(at), count);
-                    for r in 0..R {
-                        own[d][r] = x[r].multiply_add(y, own[d][r]);
-                    }
-                }
-            } else {
-                for d in 0..D {
-                    y[d] = load_part::<V, f32>(directions[d].add(at), count);
-                }
-                for r in 0..R {
-                    let x = load_part::<V, T>(rows[r].add(at), count);
-                    for d in 0..D {
-                        own[d][r] = x.multiply_add(y[d], own[d][r]);
-                    }
-                }
+            turn = columns.end.min(turn + line);
+            while at + V::LANES <= turn {
+                add_chunk::<V, T, R, D>(rows, directions, at, V::LANES, &mut own);
+                at += stride;
             }
-            at += UNROLL * V::LANES;
+        }
+        if at < columns.end {
+            add_chunk::<V, T, R, D>(rows, directions, at, columns.end - at, &mut own);
         }
         for d in 0..D {
             for r in 0..R {
                 sums[d][first + r] = own[d][r];
+            }
+        }
+    }
+}
+
+/// One chunk of `count` columns, of every row with every direction.
+///
+/// # Safety
+/// As for [`block`], to `at + count`.
+#[inline(always)]
+unsafe fn add_chunk<V, T, const R: usize, const D: usize>(
+    rows: [*const T; R],
+    directions: [*const f32; D],
+    at: usize,
+    count: usize,
+    sums: &mut [[V; R]; D],
+) where
+    V: Memory<T> + Memory<f32>,
+    T: Element,
+{
+    let (mut x, mut y) = ([sums[0][0]; R], [sums[0][0]; D]);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        // What there is less of stays in registers.
+        if D > R {
+            for r in 0..R {
+                x[r] = load_part::<V, T>(rows[r].add(at), count);
+            }
+            for d in 0..D {
+                let y = load_part::<V, f32>(directions[d].add(at), count);
+                for r in 0..R {
+                    sums[d][r] = x[r].multiply_add(y, sums[d][r]);
+                }
+            }
+        } else {
+            for d in 0..D {
+                y[d] = load_part::<V, f32>(directions[d].add(at), count);
+            }
+            for r in 0..R {
+                let x = load_part::<V, T>(rows[r].add(at), count);
+                for d in 0..D {
+                    sums[d][r] = x.multiply_add(y[d], sums[d][r]);
+                }
             }
         }
     }
