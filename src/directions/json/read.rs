@@ -17,8 +17,8 @@ pub(in crate::directions) trait Read<'de>: Sized {
     }
 }
 
-/// A struct that is an object. As writers write it, field after field, each key costs a comparison with a constant;
-/// written in another way it is read again, member by member.
+/// A struct that is an object. As writers write it, field after field, each key costs a comparison with a constant; what
+/// follows a member that is written in another way is read member by member.
 ///
 /// `skip` and `refuse` say what becomes of a member that is no field.
 macro_rules! object {
@@ -28,17 +28,36 @@ macro_rules! object {
             fn read<const QUOTED: bool>(
                 reader: &mut $crate::directions::json::Reader<'de, QUOTED>,
             ) -> std::result::Result<Self, $crate::directions::json::Refusal> {
-                use $crate::directions::json::{Read, Reader, Refusal};
+                use $crate::directions::json::Read;
 
-                #[cold]
-                #[inline(never)]
-                fn in_any_order<'de, const QUOTED: bool>(
-                    reader: &mut Reader<'de, QUOTED>,
-                ) -> std::result::Result<$name $(<$life>)?, Refusal> {
+                let mut $first = None;
+                $(let mut $field = None;)*
+                let complete = 'written: {
+                    let key = (
+                        concat!("{\"", stringify!($first), "\":"),
+                        concat!("{\\\"", stringify!($first), "\\\":"),
+                    );
+                    if !reader.expect_first(key.0, key.1) {
+                        break 'written false;
+                    }
+                    $first = Some(Read::read(reader)?);
+                    $(
+                        let key = (
+                            concat!(",\"", stringify!($field), "\":"),
+                            concat!(",\\\"", stringify!($field), "\\\":"),
+                        );
+                        if !reader.expect(key.0, key.1) {
+                            break 'written false;
+                        }
+                        $field = Some(Read::read(reader)?);
+                    )*
+                    reader.expect_end()
+                };
+                if !complete {
                     const FIELDS: &[&str] = &[stringify!($first) $(, stringify!($field))*];
-                    let mut $first = None;
-                    $(let mut $field = None;)*
-                    reader.members(&concat!("struct ", stringify!($name)), |key, reader| {
+                    let there = [$first.is_some() $(, $field.is_some())*];
+                    let seen = FIELDS.iter().zip(there).filter(|(_, there)| *there).map(|(name, _)| *name);
+                    reader.further_members(&concat!("struct ", stringify!($name)), seen, |key, reader| {
                         match &*key {
                             stringify!($first) => $first = Some(Read::read(reader)?),
                             $(stringify!($field) => $field = Some(Read::read(reader)?),)*
@@ -46,36 +65,11 @@ macro_rules! object {
                         }
                         Ok(())
                     })?;
-                    let $first = $first.map_or_else(|| Read::missing(stringify!($first)), Ok)?;
-                    $(let $field = $field.map_or_else(|| Read::missing(stringify!($field)), Ok)?;)*
-                    Ok($name { $first $(, $field)* })
                 }
-
-                let start = *reader;
-                let key = (
-                    concat!("{\"", stringify!($first), "\":"),
-                    concat!("{\\\"", stringify!($first), "\\\":"),
-                );
-                if !reader.expect_first(key.0, key.1) {
-                    return in_any_order(reader);
-                }
-                let $first = Read::read(reader)?;
-                $(
-                    let key = (
-                        concat!(",\"", stringify!($field), "\":"),
-                        concat!(",\\\"", stringify!($field), "\\\":"),
-                    );
-                    if !reader.expect(key.0, key.1) {
-                        *reader = start;
-                        return in_any_order(reader);
-                    }
-                    let $field = Read::read(reader)?;
-                )*
-                if !reader.expect_end() {
-                    *reader = start;
-                    return in_any_order(reader);
-                }
-                Ok($name { $first $(, $field)* })
+                Ok($name {
+                    $first: $first.map_or_else(|| Read::missing(stringify!($first)), Ok)?,
+                    $($field: $field.map_or_else(|| Read::missing(stringify!($field)), Ok)?,)*
+                })
             }
         }
     };

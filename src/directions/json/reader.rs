@@ -181,13 +181,27 @@ impl<'de, const QUOTED: bool> Reader<'de, QUOTED> {
     pub(in crate::directions) fn members(
         &mut self,
         expected: &dyn Expected,
+        member: impl FnMut(Cow<'de, str>, &mut Self) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        self.further_members(expected, [], member)
+    }
+
+    /// The same behind the members that were `seen`, if any, the reader standing after their last value.
+    #[cold]
+    #[inline(never)]
+    pub(in crate::directions) fn further_members(
+        &mut self,
+        expected: &dyn Expected,
+        seen: impl IntoIterator<Item = &'static str>,
         mut member: impl FnMut(Cow<'de, str>, &mut Self) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
-        if self.token() != b'{' {
-            return Err(self.unexpected(expected));
+        let mut seen: BTreeSet<Cow<'de, str>> = seen.into_iter().map(Cow::Borrowed).collect();
+        if seen.is_empty() {
+            if self.token() != b'{' {
+                return Err(self.unexpected(expected));
+            }
+            self.open()?;
         }
-        self.open()?;
-        let mut seen = BTreeSet::new();
         while self.further(seen.is_empty(), b'}')? {
             if self.token() != b'"' {
                 return Err(self.broken("expected a key"));

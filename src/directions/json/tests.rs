@@ -189,6 +189,19 @@ fn structs_are_objects_and_words_are_text() {
         let refusal = cell(text).unwrap_err();
         assert!(refusal.rule() == Rule::Shape && refusal.to_string().contains(sentence), "{text}: {refusal}");
     }
+    // Members that were read in order are remembered where the order ends.
+    let outer = |rest: &str| format!(r#"{{"cell":{{"layer":3,"alpha":2{rest}}}}}"#);
+    let found = cell(&outer(r#","later":{"layer":1},"positions":"all""#)).unwrap();
+    assert_eq!(found, Cell { layer: 3, alpha: 2.0, positions: Positions::All });
+    for (rest, sentence) in [
+        (r#","positions":"all","layer":3"#, "duplicate key `layer`"),
+        (r#","x":0,"alpha":2"#, "duplicate key `alpha`"),
+        ("", "missing field `positions`"),
+        (r#","positions":"all","#, "a comma before a closing bracket"),
+    ] {
+        let refusal = cell(&outer(rest)).unwrap_err().to_string();
+        assert!(refusal.contains(sentence), "{rest}: {refusal}");
+    }
     // What breaks the rules of JSON behind a wrong type, in a key that nobody reads, is the first thing to say.
     for text in [r#"{"cell":[3],"x":{"y":1,"y":1}}"#, r#"{"cell":[3],"x":1e999}"#, r#"{"cell":[3]} x"#] {
         assert_eq!(cell(text).unwrap_err().rule(), Rule::Strict, "{text}");
